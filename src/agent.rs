@@ -1,0 +1,431 @@
+//! The long-running process that owns mounts and the cache.
+//!
+//! Owns the mount table, the lifecycle of mounts, the control socket. What concerns the agent (cache,
+//! limits) is its configuration; what concerns a caller (catalog, identity, credentials) comes with
+//! each request. Must not know the command line.
+
+pub mod client;
+pub mod control;
+pub mod launch;
+pub mod mount_point;
+pub mod server;
+pub mod snapshot;
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use self::{
+    control::{AgentInfo, MountInfo, MountRequest, UnmountOutcome, UnmountRequest, UnmountTarget},
+    mount_point::{MountPoint, MountPointError},
+    snapshot::{Snapshot, SnapshotError},
+};
+use crate::{
+    cache::{Cache, CacheConfig, CacheError},
+    fetch::{FetchConfig, Fetcher},
+    fuse::{self, MountError, Mounted},
+    reference::{ParseError, QualifiedName, Reference},
+};
+
+/// How long an unmounted session may take to end before the caller is told that it has not.
+const SESSION_END_DEADLINE: Duration = Duration::from_secs(20);
+
+#[derive(Clone, Debug)]
+pub struct AgentConfig {
+    pub cache: CacheConfig,
+    pub fetch: FetchConfig,
+}
+
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AgentError {
+    #[error("the cache in {dir} cannot be used")]
+    Cache {
+        dir: PathBuf,
+        #[source]
+        source: CacheError,
+    },
+    #[error(transparent)]
+    Reference(#[from] ParseError),
+    #[error("{requested} cannot be mounted")]
+    Snapshot {
+        requested: String,
+        #[source]
+        source: SnapshotError,
+    },
+    #[error(transparent)]
+    MountPoint(#[from] MountPointError),
+    #[error("{mount_point} is taken by {by}; name another mount point, for example {offer}")]
+    Taken { mount_point: PathBuf, by: String, offer: PathBuf },
+    #[error("{mount_point} is just being mounted by another command")]
+    Pending { mount_point: PathBuf },
+    #[error("{requested} cannot be mounted at {mount_point}")]
+    Mount {
+        requested: String,
+        mount_point: PathBuf,
+        #[source]
+        source: MountError,
+    },
+    #[error("{target} is not mounted{mounted}")]
+    NotMounted {
+        target: String,
+        /// What is, in words.
+        mounted: String,
+    },
+    #[error("the agent is stopping; try again")]
+    Stopping,
+}
+
+/// An error with its causes, in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let next = error.to_string();
+        if !text.contains(&next) {
+            text.push_str(": ");
+            text.push_str(&next);
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// One mount, served.
+struct Mount {
+    info: MountInfo,
+    mounted: Arc<Mounted>,
+    /// Keeps the tree's file in the cache while it is mapped.
+    _snapshot: Arc<Snapshot>,
+}
+
+enum Slot {
+    /// Somebody is mounting here.
+    Pending,
+    Serving(Arc<Mount>),
+}
+
+#[derive(Default)]
+struct Table {
+    slots: BTreeMap<PathBuf, Slot>,
+    stopping: bool,
+}
+
+pub struct Agent {
+    cache: Arc<Cache>,
+    cache_config: CacheConfig,
+    fetcher: Arc<Fetcher>,
+    table: Mutex<Table>,
+    /// How many mounts are served or being made.
+    count: watch::Sender<usize>,
+}
+
+impl Agent {
+    /// Opens the cache; must run within a tokio runtime.
+    pub fn new(config: AgentConfig) -> Result<Arc<Self>, AgentError> {
+        let cache = Cache::open(config.cache.clone())
+            .map_err(|source| AgentError::Cache { dir: config.cache.dir.clone(), source })?;
+        let fetcher =
+            Fetcher::new(config.fetch, Some(Arc::clone(&cache)), tokio::runtime::Handle::current());
+        Ok(Arc::new(Self {
+            cache,
+            cache_config: config.cache,
+            fetcher,
+            table: Mutex::default(),
+            count: watch::Sender::new(0),
+        }))
+    }
+
+    /// Mounts what the request names, and returns when the mount answers.
+    pub async fn mount(self: &Arc<Self>, request: MountRequest) -> Result<MountInfo, AgentError> {
+        let reference: Reference = request.reference.parse()?;
+        let snapshot = Snapshot::resolve(&self.cache, &reference, &request).await.map_err(|source| {
+            AgentError::Snapshot { requested: request.reference.clone(), source }
+        })?;
+        let place = match self.reserve(&request.mount_point, &snapshot)? {
+            Place::Ours(reserved) => reserved,
+            Place::AlreadyThere(info) => return Ok(info),
+        };
+        let snapshot = snapshot
+            .fetch_tree(&self.cache)
+            .await
+            .map_err(|source| AgentError::Snapshot { requested: request.reference.clone(), source })?;
+        let agent = Arc::clone(self);
+        // Mounting waits for the kernel and perhaps for fusermount3.
+        let handle = tokio::runtime::Handle::current();
+        let made = tokio::task::spawn_blocking(move || agent.make_mount(&request, snapshot, place, handle));
+        match made.await {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+        }
+    }
+
+    fn reserve(self: &Arc<Self>, path: &Path, snapshot: &Snapshot) -> Result<Place, AgentError> {
+        let mut table = self.table.lock();
+        if table.stopping {
+            return Err(AgentError::Stopping);
+        }
+        // The same directory by another name is found by its canonical path.
+        let key = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        match table.slots.get(&key) {
+            Some(Slot::Pending) => Err(AgentError::Pending { mount_point: path.to_owned() }),
+            Some(Slot::Serving(mount)) => {
+                let pinned = snapshot.pinned();
+                if mount.info.reference == pinned && mount.info.catalog == *snapshot.catalog_url() {
+                    return Ok(Place::AlreadyThere(MountInfo {
+                        already_mounted: true,
+                        ..mount.current_info()
+                    }));
+                }
+                let offer = key.with_file_name(format!(
+                    "{}-{}-{}",
+                    pinned.name.owner, pinned.name.datastore, pinned.version
+                ));
+                Err(AgentError::Taken {
+                    mount_point: path.to_owned(),
+                    by: mount.info.reference.to_string(),
+                    offer,
+                })
+            }
+            None => {
+                table.slots.insert(key.clone(), Slot::Pending);
+                self.count.send_replace(table.slots.len());
+                Ok(Place::Ours(Reserved { agent: Arc::clone(self), key }))
+            }
+        }
+    }
+
+    fn make_mount(
+        self: Arc<Self>,
+        request: &MountRequest,
+        snapshot: Snapshot,
+        reserved: Reserved,
+        handle: tokio::runtime::Handle,
+    ) -> Result<MountInfo, AgentError> {
+        let point = MountPoint::prepare(&request.mount_point)?;
+        let snapshot = Arc::new(snapshot);
+        let fs = snapshot.file_system(&self.fetcher, handle.clone());
+        let options = snapshot.mount_options(point.path(), request.io_mode);
+        let mounted = fuse::mount(fs, options, handle).map_err(|source| AgentError::Mount {
+            requested: request.reference.clone(),
+            mount_point: point.path().to_owned(),
+            source,
+        })?;
+        let mounted = Arc::new(mounted);
+        let info = MountInfo {
+            reference: snapshot.pinned(),
+            requested: request.reference.clone(),
+            mount_point: point.path().to_owned(),
+            catalog: snapshot.catalog_url().clone(),
+            origin: snapshot.origin_url().clone(),
+            totals: snapshot.totals(),
+            since: jiff::Timestamp::now(),
+            io_mode: mounted.io_mode().to_string(),
+            io_mode_reason: mounted.io_mode_reason().to_owned(),
+            requests: BTreeMap::new(),
+            already_mounted: false,
+        };
+        tracing::info!(reference = %info.reference, mount_point = %point.path().display(), "mounted");
+        let mount = Arc::new(Mount { info, mounted, _snapshot: snapshot });
+        let info = mount.current_info();
+        reserved.serve(mount, point);
+        Ok(info)
+    }
+
+    pub fn mounts(&self) -> Vec<MountInfo> {
+        let table = self.table.lock();
+        table.slots.values().filter_map(Slot::serving).map(|mount| mount.current_info()).collect()
+    }
+
+    pub fn info(&self) -> AgentInfo {
+        let cache = self.cache.stats();
+        let fetch = self.fetcher.stats();
+        AgentInfo {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            cache_dir: self.cache_config.dir.clone(),
+            cache_degraded: cache.degraded,
+            cache_used: cache.bytes,
+            cache_limit: self.cache_config.max_bytes,
+            bytes_from_cache: fetch.bytes_from_cache,
+            bytes_from_origin: fetch.bytes_from_origin,
+            origin_requests: fetch.gets,
+            retries: fetch.retries,
+            last_error: fetch.last_error,
+        }
+    }
+
+    pub async fn unmount(&self, request: UnmountRequest) -> Result<Vec<UnmountOutcome>, AgentError> {
+        let chosen = self.choose(&request.target)?;
+        let mut outcomes = Vec::with_capacity(chosen.len());
+        for mount in chosen {
+            outcomes.push(self.unmount_one(&mount, request.lazy).await);
+        }
+        Ok(outcomes)
+    }
+
+    async fn unmount_one(&self, mount: &Arc<Mount>, lazy: bool) -> UnmountOutcome {
+        let mounted = Arc::clone(&mount.mounted);
+        let error = match tokio::task::spawn_blocking(move || mounted.unmount(lazy)).await {
+            Ok(Ok(())) => {
+                // A lazily detached session ends when its last user goes: nothing to wait for.
+                if lazy { None } else { self.wait_until_gone(mount).await }
+            }
+            Ok(Err(error)) => Some(chain(&error)),
+            Err(error) => Some(error.to_string()),
+        };
+        UnmountOutcome {
+            reference: mount.info.reference.clone(),
+            mount_point: mount.info.mount_point.clone(),
+            error,
+        }
+    }
+
+    async fn wait_until_gone(&self, mount: &Arc<Mount>) -> Option<String> {
+        let mut count = self.count.subscribe();
+        let is_there = || {
+            let table = self.table.lock();
+            table.slots.values().filter_map(Slot::serving).any(|other| Arc::ptr_eq(other, mount))
+        };
+        let gone = async {
+            while is_there() {
+                if count.changed().await.is_err() {
+                    break;
+                }
+            }
+        };
+        tokio::time::timeout(SESSION_END_DEADLINE, gone)
+            .await
+            .err()
+            .map(|_| format!("unmounted, but its session has not ended within {} s", SESSION_END_DEADLINE.as_secs()))
+    }
+
+    fn choose(&self, target: &UnmountTarget) -> Result<Vec<Arc<Mount>>, AgentError> {
+        let mounts: Vec<Arc<Mount>> =
+            self.table.lock().slots.values().filter_map(Slot::serving).cloned().collect();
+        let chosen: Vec<Arc<Mount>> = match target {
+            UnmountTarget::All => return Ok(mounts),
+            UnmountTarget::MountPoint(path) => {
+                mounts.iter().filter(|mount| mount.info.mount_point == *path).cloned().collect()
+            }
+            UnmountTarget::Reference { reference, user } => {
+                let reference: Reference = reference.parse()?;
+                let name = QualifiedName {
+                    owner: reference.owner.clone().unwrap_or_else(|| user.clone()),
+                    datastore: reference.datastore.clone(),
+                };
+                mounts.iter().filter(|mount| mount.is_of(&name, &reference)).cloned().collect()
+            }
+        };
+        if chosen.is_empty() {
+            let target = match target {
+                UnmountTarget::All => String::new(),
+                UnmountTarget::MountPoint(path) => path.display().to_string(),
+                UnmountTarget::Reference { reference, .. } => reference.clone(),
+            };
+            let there: Vec<String> = mounts
+                .iter()
+                .map(|mount| format!("{} at {}", mount.info.reference, mount.info.mount_point.display()))
+                .collect();
+            let mounted =
+                if there.is_empty() { "; nothing is".to_owned() } else { format!("; these are: {}", there.join(", ")) };
+            return Err(AgentError::NotMounted { target, mounted });
+        }
+        Ok(chosen)
+    }
+
+    /// Resolves when the last mount has gone, after there has been one.
+    pub async fn idle(&self) {
+        let mut count = self.count.subscribe();
+        let _ = count.wait_for(|count| *count > 0).await;
+        let _ = count.wait_for(|count| *count == 0).await;
+    }
+
+    /// Refuses new mounts and unmounts everything: what is in use is detached, and goes with its last user.
+    pub async fn shut_down(&self) {
+        self.table.lock().stopping = true;
+        let mounts: Vec<Arc<Mount>> =
+            self.table.lock().slots.values().filter_map(Slot::serving).cloned().collect();
+        for mount in mounts {
+            let outcome = self.unmount_one(&mount, false).await;
+            let Some(error) = outcome.error else { continue };
+            tracing::warn!(mount_point = %mount.info.mount_point.display(), error, "still in use: detached");
+            if let Some(error) = self.unmount_one(&mount, true).await.error {
+                tracing::error!(mount_point = %mount.info.mount_point.display(), error, "not unmounted");
+            }
+        }
+        self.cache.flush();
+    }
+}
+
+impl Mount {
+    fn current_info(&self) -> MountInfo {
+        MountInfo { requests: self.mounted.counters(), ..self.info.clone() }
+    }
+
+    fn is_of(&self, name: &QualifiedName, reference: &Reference) -> bool {
+        use crate::reference::VersionSelector::{Alias, Latest, Number};
+        self.info.reference.name == *name
+            && match &reference.version {
+                Latest => true,
+                Number(version) => self.info.reference.version == *version,
+                // An alias may have moved on since: what was typed decides.
+                Alias(_) => self.info.requested.parse::<Reference>().is_ok_and(|requested| requested.version == reference.version),
+            }
+    }
+}
+
+impl Slot {
+    fn serving(&self) -> Option<&Arc<Mount>> {
+        match self {
+            Self::Pending => None,
+            Self::Serving(mount) => Some(mount),
+        }
+    }
+}
+
+enum Place {
+    Ours(Reserved),
+    AlreadyThere(MountInfo),
+}
+
+/// A place in the table, given back unless a mount takes it.
+struct Reserved {
+    agent: Arc<Agent>,
+    key: PathBuf,
+}
+
+impl Reserved {
+    /// Enters the mount into the table, and takes it out when its session ends, however it ends.
+    fn serve(self, mount: Arc<Mount>, point: MountPoint) {
+        let served = Arc::clone(&mount.mounted);
+        self.agent.table.lock().slots.insert(self.key.clone(), Slot::Serving(mount));
+        let waiting = std::thread::Builder::new().name("grid-mount-wait".into()).spawn(move || {
+            if let Err(error) = served.wait() {
+                tracing::error!(mount_point = %point.path().display(), error = chain(&error), "the session failed");
+            }
+            tracing::info!(mount_point = %point.path().display(), "unmounted");
+            drop(point);
+            drop(self);
+        });
+        if let Err(error) = waiting {
+            tracing::error!(%error, "no thread to watch the mount with");
+        }
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        let mut table = self.agent.table.lock();
+        table.slots.remove(&self.key);
+        let left = table.slots.len();
+        drop(table);
+        self.agent.count.send_replace(left);
+    }
+}
