@@ -10,6 +10,7 @@ pub mod launch;
 pub mod mount_point;
 pub mod server;
 pub mod snapshot;
+mod sums;
 
 use std::{
     collections::BTreeMap,
@@ -24,7 +25,7 @@ use tokio::sync::watch;
 use self::{
     control::{AgentInfo, MountInfo, MountRequest, UnmountOutcome, UnmountRequest, UnmountTarget},
     mount_point::{MountPoint, MountPointError},
-    snapshot::{Snapshot, SnapshotError},
+    snapshot::{Resolved, Snapshot, SnapshotError},
 };
 use crate::{
     cache::{Cache, CacheConfig, CacheError},
@@ -114,6 +115,8 @@ enum Slot {
 #[derive(Default)]
 struct Table {
     slots: BTreeMap<PathBuf, Slot>,
+    /// Requests to mount that are being answered.
+    requests: usize,
     stopping: bool,
 }
 
@@ -122,7 +125,7 @@ pub struct Agent {
     cache_config: CacheConfig,
     fetcher: Arc<Fetcher>,
     table: Mutex<Table>,
-    /// How many mounts are served or being made.
+    /// Mounts, places held for mounts, and requests under way: an agent on demand ends at 0.
     count: watch::Sender<usize>,
 }
 
@@ -144,18 +147,15 @@ impl Agent {
 
     /// Mounts what the request names, and returns when the mount answers.
     pub async fn mount(self: &Arc<Self>, request: MountRequest) -> Result<MountInfo, AgentError> {
+        let _under_way = UnderWay::begin(self)?;
         let reference: Reference = request.reference.parse()?;
-        let snapshot = Snapshot::resolve(&self.cache, &reference, &request).await.map_err(|source| {
-            AgentError::Snapshot { requested: request.reference.clone(), source }
-        })?;
-        let place = match self.reserve(&request.mount_point, &snapshot)? {
+        let failed = |source| AgentError::Snapshot { requested: request.reference.clone(), source };
+        let resolved = Resolved::new(&reference, &request).await.map_err(failed)?;
+        let place = match self.reserve(&request.mount_point, &resolved)? {
             Place::Ours(reserved) => reserved,
-            Place::AlreadyThere(info) => return Ok(info),
+            Place::AlreadyThere(info) => return Ok(*info),
         };
-        let snapshot = snapshot
-            .fetch_tree(&self.cache)
-            .await
-            .map_err(|source| AgentError::Snapshot { requested: request.reference.clone(), source })?;
+        let snapshot = resolved.fetch_tree(&self.cache).await.map_err(failed)?;
         let agent = Arc::clone(self);
         // Mounting waits for the kernel and perhaps for fusermount3.
         let handle = tokio::runtime::Handle::current();
@@ -166,22 +166,17 @@ impl Agent {
         }
     }
 
-    fn reserve(self: &Arc<Self>, path: &Path, snapshot: &Snapshot) -> Result<Place, AgentError> {
-        let mut table = self.table.lock();
-        if table.stopping {
-            return Err(AgentError::Stopping);
-        }
+    fn reserve(self: &Arc<Self>, path: &Path, resolved: &Resolved) -> Result<Place, AgentError> {
         // The same directory by another name is found by its canonical path.
         let key = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        let mut table = self.table.lock();
         match table.slots.get(&key) {
             Some(Slot::Pending) => Err(AgentError::Pending { mount_point: path.to_owned() }),
             Some(Slot::Serving(mount)) => {
-                let pinned = snapshot.pinned();
-                if mount.info.reference == pinned && mount.info.catalog == *snapshot.catalog_url() {
-                    return Ok(Place::AlreadyThere(MountInfo {
-                        already_mounted: true,
-                        ..mount.current_info()
-                    }));
+                let pinned = resolved.pinned();
+                if mount.info.reference == pinned && mount.info.catalog == resolved.catalog_url {
+                    let info = MountInfo { already_mounted: true, ..mount.current_info() };
+                    return Ok(Place::AlreadyThere(Box::new(info)));
                 }
                 let offer = key.with_file_name(format!(
                     "{}-{}-{}",
@@ -195,7 +190,7 @@ impl Agent {
             }
             None => {
                 table.slots.insert(key.clone(), Slot::Pending);
-                self.count.send_replace(table.slots.len());
+                self.recount(&table);
                 Ok(Place::Ours(Reserved { agent: Arc::clone(self), key }))
             }
         }
@@ -236,6 +231,10 @@ impl Agent {
         let info = mount.current_info();
         reserved.serve(mount, point);
         Ok(info)
+    }
+
+    fn recount(&self, table: &Table) {
+        self.count.send_replace(table.slots.len() + table.requests);
     }
 
     pub fn mounts(&self) -> Vec<MountInfo> {
@@ -340,10 +339,12 @@ impl Agent {
         Ok(chosen)
     }
 
-    /// Resolves when the last mount has gone, after there has been one.
-    pub async fn idle(&self) {
+    /// Resolves when there is no mount any more; where none was asked for yet, after `patience`.
+    pub async fn idle(&self, patience: Duration) {
         let mut count = self.count.subscribe();
-        let _ = count.wait_for(|count| *count > 0).await;
+        let first = count.wait_for(|count| *count > 0);
+        let _ = tokio::time::timeout(patience, first).await;
+        // The sender lives as long as this agent.
         let _ = count.wait_for(|count| *count == 0).await;
     }
 
@@ -392,7 +393,7 @@ impl Slot {
 
 enum Place {
     Ours(Reserved),
-    AlreadyThere(MountInfo),
+    AlreadyThere(Box<MountInfo>),
 }
 
 /// A place in the table, given back unless a mount takes it.
@@ -424,8 +425,31 @@ impl Drop for Reserved {
     fn drop(&mut self) {
         let mut table = self.agent.table.lock();
         table.slots.remove(&self.key);
-        let left = table.slots.len();
-        drop(table);
-        self.agent.count.send_replace(left);
+        self.agent.recount(&table);
+    }
+}
+
+/// A request to mount that is being answered: the agent stays for it.
+struct UnderWay {
+    agent: Arc<Agent>,
+}
+
+impl UnderWay {
+    fn begin(agent: &Arc<Agent>) -> Result<Self, AgentError> {
+        let mut table = agent.table.lock();
+        if table.stopping {
+            return Err(AgentError::Stopping);
+        }
+        table.requests += 1;
+        agent.recount(&table);
+        Ok(Self { agent: Arc::clone(agent) })
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        let mut table = self.agent.table.lock();
+        table.requests -= 1;
+        self.agent.recount(&table);
     }
 }

@@ -84,6 +84,9 @@ pub struct AgentSettingArgs {
     /// Connections per origin [env: GRID_MOUNT_CONNECTIONS]
     #[arg(long, value_name = "N", hide_short_help = true)]
     pub connections: Option<String>,
+    /// No reader waits longer than this, 60s [env: GRID_MOUNT_READ_DEADLINE]
+    #[arg(long, value_name = "SECONDS", hide_short_help = true)]
+    pub read_deadline: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Args)]

@@ -1,0 +1,189 @@
+//! From a request to something that can be mounted: the record, then the tree.
+
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
+
+use futures::TryStreamExt;
+
+use super::control::MountRequest;
+use crate::{
+    cache::{Cache, CacheError, TreeHandle},
+    catalog::{self, Catalog, CatalogError, OriginLocation, Record, TreePart},
+    origin::{Deadlines, OriginError, Pin, Store, StoreSettings, StoreUrl},
+    reference::{PinnedReference, Reference},
+    tree::{self, Tree, TreeError},
+};
+
+/// No tree takes longer than this to arrive; each of its reads has a shorter deadline of its own.
+const TREE_DEADLINE: Duration = Duration::from_secs(540);
+/// Chunks of a tree that may wait between the network and the decompressor.
+const CHUNKS_IN_FLIGHT: usize = 16;
+
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SnapshotError {
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+    #[error("its origin cannot be opened")]
+    Origin(#[source] OriginError),
+    #[error("its tree {key} cannot be fetched from {store}")]
+    Fetch {
+        key: String,
+        store: StoreUrl,
+        #[source]
+        source: OriginError,
+    },
+    #[error("its tree did not arrive within {} s", TREE_DEADLINE.as_secs())]
+    Deadline,
+    #[error("its tree {key} is damaged in {store}; its owner can publish it again")]
+    Tree {
+        key: String,
+        store: StoreUrl,
+        #[source]
+        source: TreeError,
+    },
+    #[error("its tree cannot be kept in {dir}; free some space or name another directory with --cache-dir")]
+    Keep {
+        dir: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("its tree cannot be kept in the cache")]
+    Cache(#[from] CacheError),
+}
+
+/// A reference resolved: what it stands for, and where that lies.
+pub struct Resolved {
+    pub record: Record,
+    catalog: Arc<dyn Catalog>,
+    pub catalog_url: StoreUrl,
+    /// Where the objects lie; no retries of its own.
+    pub origin: Store,
+}
+
+/// A snapshot whose tree is here.
+pub struct Snapshot {
+    pub resolved: Resolved,
+    pub tree: Arc<Tree>,
+    /// Keeps the tree's file from being evicted.
+    pub handle: TreeHandle,
+}
+
+impl Resolved {
+    pub async fn new(reference: &Reference, request: &MountRequest) -> Result<Self, SnapshotError> {
+        let settings: StoreSettings = request.store_settings.clone().into_iter().collect();
+        let catalog = catalog::open(&request.catalog, &settings)?;
+        let record = catalog.resolve(reference, &request.user).await?;
+        let url = match &record.origin {
+            OriginLocation::Catalog => catalog.store().url().clone(),
+            OriginLocation::Url(url) => url.clone(),
+        };
+        let origin = Store::open(&url, &settings, &Deadlines::data()).map_err(SnapshotError::Origin)?;
+        Ok(Self { record, catalog, catalog_url: request.catalog.clone(), origin })
+    }
+
+    pub fn pinned(&self) -> PinnedReference {
+        self.record.pinned()
+    }
+
+    /// Where trees lie, and sums.
+    pub fn tree_store(&self) -> &Store {
+        self.catalog.store()
+    }
+
+    /// Maps the tree; fetches it first if the cache has not got it.
+    pub async fn fetch_tree(self, cache: &Arc<Cache>) -> Result<Snapshot, SnapshotError> {
+        let part = &self.record.tree.rows;
+        if let Some(handle) = cache.tree(part.digest)? {
+            match Tree::open(handle.path()) {
+                Ok(tree) if handle.size() == part.size => {
+                    return Ok(Snapshot { resolved: self, tree: Arc::new(tree), handle });
+                }
+                // Damage in the cache costs a fetch, never an answer.
+                Ok(_) => tracing::warn!(path = %handle.path().display(), "a cached tree is short; fetching it anew"),
+                Err(error) => {
+                    tracing::warn!(path = %handle.path().display(), %error, "a cached tree is damaged; fetching it anew");
+                }
+            }
+        }
+        let fetched = tokio::time::timeout(TREE_DEADLINE, self.fetch_rows(cache, part))
+            .await
+            .map_err(|_| SnapshotError::Deadline)??;
+        let handle = cache.adopt_tree(part.digest, &fetched)?;
+        let tree = Tree::open(handle.path()).map_err(|source| self.damaged(part, source))?;
+        Ok(Snapshot { resolved: self, tree: Arc::new(tree), handle })
+    }
+
+    /// Streams the part through the decompressor into a file beside the cache's trees.
+    async fn fetch_rows(&self, cache: &Arc<Cache>, part: &TreePart) -> Result<PathBuf, SnapshotError> {
+        let failed = |source| SnapshotError::Fetch {
+            key: part.key.clone(),
+            store: self.tree_store().url().clone(),
+            source,
+        };
+        let mut stream = self
+            .tree_store()
+            .get_range(&part.key, &Pin::Content, 0..part.wire_size)
+            .await
+            .map_err(failed)?;
+        let (sender, receiver) = tokio::sync::mpsc::channel(CHUNKS_IN_FLIGHT);
+        let out = cache.tree_staging(part.digest)?;
+        let (size, digest, path) = (part.size, part.digest, out.clone());
+        let unpacking = tokio::task::spawn_blocking(move || {
+            tree::unpack(ChunkReader { receiver, chunk: bytes::Bytes::new() }, size, digest, &path)
+        });
+        let mut arrived = Ok(());
+        loop {
+            match stream.try_next().await {
+                Ok(Some(chunk)) => {
+                    // The decompressor has given up: its error says why.
+                    if sender.send(Ok(chunk)).await.is_err() {
+                        break;
+                    }
+                }
+                Ok(None) => break,
+                Err(error) => {
+                    let _ = sender.send(Err(io::Error::other("the stream broke off"))).await;
+                    arrived = Err(failed(error));
+                    break;
+                }
+            }
+        }
+        drop(sender);
+        let unpacked = match unpacking.await {
+            Ok(unpacked) => unpacked,
+            Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+        };
+        arrived?;
+        match unpacked {
+            Ok(()) => Ok(out),
+            Err(TreeError::Io { source, .. }) => {
+                Err(SnapshotError::Keep { dir: out.parent().unwrap_or(&out).to_owned(), source })
+            }
+            Err(source) => Err(self.damaged(part, source)),
+        }
+    }
+
+    fn damaged(&self, part: &TreePart, source: TreeError) -> SnapshotError {
+        SnapshotError::Tree { key: part.key.clone(), store: self.tree_store().url().clone(), source }
+    }
+}
+
+/// Chunks from the network as a blocking reader.
+struct ChunkReader {
+    receiver: tokio::sync::mpsc::Receiver<io::Result<bytes::Bytes>>,
+    chunk: bytes::Bytes,
+}
+
+impl io::Read for ChunkReader {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        while self.chunk.is_empty() {
+            match self.receiver.blocking_recv() {
+                Some(chunk) => self.chunk = chunk?,
+                None => return Ok(0),
+            }
+        }
+        let taken = self.chunk.split_to(self.chunk.len().min(buf.len()));
+        buf[..taken.len()].copy_from_slice(&taken);
+        Ok(taken.len())
+    }
+}

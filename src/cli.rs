@@ -1,0 +1,90 @@
+//! The command line: the only room that knows `clap`, and the only one that prints.
+
+mod agent;
+mod args;
+mod catalog;
+mod config;
+mod demo;
+mod mount;
+mod output;
+mod progress;
+mod publish;
+mod status;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use self::args::{Cli, Command};
+
+/// Why a command ended without doing what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    /// The request itself is wrong: exit status 2.
+    #[error("{0}")]
+    Usage(String),
+    /// Exit status 1.
+    #[error(transparent)]
+    Failed(Box<dyn std::error::Error + Send + Sync>),
+    /// Everything has been said already: exit status 1.
+    #[error("")]
+    Told,
+}
+
+impl CliError {
+    fn failed(error: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Self::Failed(Box::new(error))
+    }
+
+    /// A wrong request, with its causes in one line.
+    fn usage(error: impl std::error::Error) -> Self {
+        Self::Usage(output::chain(&error))
+    }
+}
+
+/// The program: parses, runs, prints what failed. 0 done, 1 failed, 2 usage.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let command = cli.command.unwrap_or(Command::Mount(cli.mount));
+    match run(command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(CliError::Told) => ExitCode::from(1),
+        Err(error @ CliError::Usage(_)) => {
+            output::note(&format!("grid-mount: {error}"));
+            ExitCode::from(2)
+        }
+        Err(CliError::Failed(error)) => {
+            output::note(&format!("grid-mount: {}", output::chain(&*error)));
+            ExitCode::from(1)
+        }
+    }
+}
+
+fn run(command: Command) -> Result<(), CliError> {
+    match command {
+        Command::Mount(args) if args.foreground => agent::foreground(args),
+        Command::Mount(args) => block_on(mount::mount(args)),
+        Command::Unmount(args) => block_on(mount::unmount(args)),
+        Command::Status(args) => block_on(status::status(args)),
+        Command::List(args) => block_on(catalog::list(args)),
+        Command::Info(args) => block_on(catalog::info(args)),
+        Command::Alias(args) => block_on(catalog::alias(args)),
+        Command::Publish(args) => block_on(publish::publish(args)),
+        Command::Register(args) => block_on(publish::register(args)),
+        Command::Config(args) => config::show(&args),
+        Command::Demo(args) => demo::demo(&args),
+        Command::Agent(args) => agent::agent(args),
+    }
+}
+
+/// Runs a command to its end on a runtime of its own.
+fn block_on(command: impl Future<Output = Result<(), CliError>>) -> Result<(), CliError> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(CliError::failed)?;
+    let result = runtime.block_on(command);
+    // A look-up or an upload that hangs must not hold the end up.
+    runtime.shutdown_background();
+    result
+}

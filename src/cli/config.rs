@@ -1,0 +1,106 @@
+//! Settings at the edge: from flags and the process's environment into plain structs.
+
+use std::{collections::BTreeMap, env, io, path::Path};
+
+use super::{
+    CliError,
+    args::{AgentSettingArgs, CatalogArgs, ConfigArgs},
+    output,
+};
+use crate::{
+    agent::AgentConfig,
+    cache::{CacheConfig, VerifyPolicy},
+    config::{self, Inputs, Settings},
+    fetch::FetchConfig,
+};
+
+/// What the flags say, by setting.
+#[derive(Default)]
+pub struct Overrides(BTreeMap<&'static str, String>);
+
+impl Overrides {
+    pub fn of(catalog: &CatalogArgs, agent: &AgentSettingArgs) -> Self {
+        let path = |path: &Option<std::path::PathBuf>| path.as_ref().map(|path| path.to_string_lossy().into_owned());
+        let given = [
+            ("catalog", catalog.catalog.clone()),
+            ("user", catalog.user.clone()),
+            ("cache_dir", path(&agent.cache_dir)),
+            ("cache_size", agent.cache_size.clone()),
+            ("cache_min_free", agent.cache_min_free.clone()),
+            ("memory_limit", agent.memory_limit.clone()),
+            ("connections", agent.connections.clone()),
+            ("read_deadline", agent.read_deadline.clone()),
+        ];
+        Self(given.into_iter().filter_map(|(key, value)| Some((key, value?))).collect())
+    }
+}
+
+pub fn load(overrides: &Overrides) -> Result<Settings, CliError> {
+    let inputs = Inputs {
+        flags: overrides.0.clone(),
+        environment: unicode_environment().collect(),
+        host_file: None,
+        login: nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten().map(|user| user.name),
+        is_root: nix::unistd::geteuid().is_root(),
+    };
+    Settings::load(&inputs).map_err(CliError::usage)
+}
+
+/// What is not Unicode is none of our variables.
+fn unicode_environment() -> impl Iterator<Item = (String, String)> {
+    env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+}
+
+/// The caller's object-store settings: they travel with each request.
+pub fn store_settings() -> BTreeMap<String, String> {
+    let home = env::var("HOME").ok().map(|home| ("HOME".to_owned(), home));
+    config::store_variables(unicode_environment()).chain(home).collect()
+}
+
+/// The `agent` subcommand's flags that give a new agent these settings.
+pub fn agent_arguments(settings: &Settings) -> Vec<String> {
+    settings
+        .explain()
+        .into_iter()
+        .filter(|line| !matches!(line.key, "catalog" | "user"))
+        .map(|line| format!("--{}={}", line.key.replace('_', "-"), line.value))
+        .collect()
+}
+
+/// Shares of the disk become bytes of the disk that the cache directory is, or will be, on.
+pub fn agent_config(settings: &Settings) -> Result<AgentConfig, CliError> {
+    let disk = disk_size(&settings.cache_dir.value).map_err(CliError::failed)?;
+    Ok(AgentConfig {
+        cache: CacheConfig {
+            dir: settings.cache_dir.value.clone(),
+            max_bytes: settings.cache_size.value.of(disk),
+            min_free: settings.cache_min_free.value.of(disk),
+            verify: VerifyPolicy::EarlierBoot,
+        },
+        fetch: FetchConfig {
+            connections: usize::from(settings.connections.value),
+            memory_limit: settings.memory_limit.value.0,
+            read_deadline: settings.read_deadline.value,
+            ..FetchConfig::default()
+        },
+    })
+}
+
+fn disk_size(dir: &Path) -> io::Result<u64> {
+    let existing = dir.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"));
+    let statistics = nix::sys::statvfs::statvfs(existing)?;
+    Ok(statistics.blocks().saturating_mul(statistics.fragment_size()))
+}
+
+/// `grid-mount config`
+pub fn show(args: &ConfigArgs) -> Result<(), CliError> {
+    let explained = load(&Overrides::of(&args.catalog, &args.agent))?.explain();
+    if args.output.json {
+        output::print_json(&explained);
+        return Ok(());
+    }
+    let rows: Vec<Vec<String>> =
+        explained.into_iter().map(|line| vec![line.key.to_owned(), line.value, line.source]).collect();
+    output::print(&output::table(&["SETTING", "VALUE", "FROM"], &rows));
+    Ok(())
+}

@@ -1,0 +1,191 @@
+//! `grid-mount REF`, `grid-mount unmount`.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+};
+
+use super::{
+    CliError,
+    args::{MountArgs, SocketArgs, UnmountArgs},
+    config::{self, Overrides},
+    output,
+};
+use crate::{
+    agent::{
+        client::{Client, ClientError},
+        control::{MountInfo, MountRequest, UnmountOutcome, UnmountRequest, UnmountTarget},
+        launch::{self, RuntimeDir, SYSTEM_SOCKET},
+    },
+    config::Settings,
+    reference::{DatastoreName, Reference},
+};
+
+/// An agent may be ending just as it is asked for something; a new one is then started.
+const AGENT_TRIES: usize = 5;
+
+pub async fn mount(args: MountArgs) -> Result<(), CliError> {
+    let settings = config::load(&Overrides::of(&args.catalog, &args.agent))?;
+    let request = request(&args, &settings)?;
+    let mut last = None;
+    for _ in 0..AGENT_TRIES {
+        let client = match connect(&args.socket).await? {
+            Some(client) => client,
+            None => start_agent(&settings)?,
+        };
+        match client.mount(&request).await {
+            Ok(info) => {
+                show(&args, &info);
+                return Ok(());
+            }
+            Err(error @ (ClientError::NoAgent { .. } | ClientError::Gone { .. })) => last = Some(error),
+            Err(error) => return Err(CliError::failed(error)),
+        }
+    }
+    Err(last.map_or(CliError::Told, CliError::failed))
+}
+
+/// What the agent is asked: everything that concerns the caller.
+pub fn request(args: &MountArgs, settings: &Settings) -> Result<MountRequest, CliError> {
+    let Some(typed) = &args.reference else {
+        return Err(CliError::Usage("name what to mount: user:datastore/version".into()));
+    };
+    let reference: Reference = typed.parse().map_err(CliError::usage)?;
+    let mount_point = match &args.mount_point {
+        Some(path) => absolute(path)?,
+        None => default_mount_point(&reference.datastore)?,
+    };
+    Ok(MountRequest {
+        reference: typed.clone(),
+        mount_point,
+        catalog: settings.catalog.value.clone(),
+        user: settings.user.value.clone(),
+        store_settings: config::store_settings(),
+        io_mode: args.io_mode.into(),
+    })
+}
+
+pub fn show(args: &MountArgs, info: &MountInfo) {
+    if args.output.json {
+        output::print_json(info);
+        return;
+    }
+    let already = if info.already_mounted { " already" } else { "" };
+    output::print(&format!(
+        "{} ({} files, {}) is{already} at {}\n",
+        info.reference,
+        info.totals.files,
+        output::bytes(info.totals.bytes),
+        info.mount_point.display()
+    ));
+}
+
+/// `/datastores/NAME` for root, `~/datastores/NAME` otherwise.
+fn default_mount_point(datastore: &DatastoreName) -> Result<PathBuf, CliError> {
+    if nix::unistd::geteuid().is_root() {
+        return Ok(Path::new("/datastores").join(datastore.as_str()));
+    }
+    match env::var_os("HOME") {
+        Some(home) if Path::new(&home).is_absolute() => {
+            Ok(Path::new(&home).join("datastores").join(datastore.as_str()))
+        }
+        _ => Err(CliError::Usage("HOME is not set: name a mount point".into())),
+    }
+}
+
+/// The path without `.` and `..`, which the agent, elsewhere in the tree, could not resolve as typed.
+fn absolute(path: &Path) -> Result<PathBuf, CliError> {
+    let path = std::path::absolute(path).map_err(CliError::failed)?;
+    if let Ok(canonical) = path.canonicalize() {
+        return Ok(canonical);
+    }
+    let mut clean = PathBuf::new();
+    for part in path.components() {
+        match part {
+            std::path::Component::ParentDir => {
+                clean.pop();
+            }
+            part => clean.push(part),
+        }
+    }
+    Ok(clean)
+}
+
+/// The agent to ask: the one named, the system's, or the user's own; `None` where the last is to be started.
+pub async fn connect(args: &SocketArgs) -> Result<Option<Client>, CliError> {
+    let named = args.socket.clone().or_else(|| env::var_os("GRID_MOUNT_SOCKET").map(PathBuf::from));
+    if let Some(socket) = named.filter(|_| !args.own_agent) {
+        let client = Client::new(&socket);
+        client.agent().await.map_err(CliError::failed)?;
+        return Ok(Some(client));
+    }
+    let system = Client::new(Path::new(SYSTEM_SOCKET));
+    if !args.own_agent && system.agent().await.is_ok() {
+        return Ok(Some(system));
+    }
+    let own = Client::new(&runtime_dir()?.socket());
+    match own.agent().await {
+        Ok(_) => Ok(Some(own)),
+        Err(ClientError::NoAgent { .. } | ClientError::Gone { .. }) => Ok(None),
+        Err(error) => Err(CliError::failed(error)),
+    }
+}
+
+pub fn runtime_dir() -> Result<RuntimeDir, CliError> {
+    let xdg = env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    RuntimeDir::of_user(xdg.as_deref()).map_err(CliError::failed)
+}
+
+fn start_agent(settings: &Settings) -> Result<Client, CliError> {
+    let runtime = runtime_dir()?;
+    let program = env::current_exe().map_err(CliError::failed)?;
+    launch::start(&runtime, &program, &config::agent_arguments(settings)).map_err(CliError::failed)?;
+    Ok(Client::new(&runtime.socket()))
+}
+
+pub async fn unmount(args: UnmountArgs) -> Result<(), CliError> {
+    let settings = config::load(&Overrides::of(&args.catalog, &Default::default()))?;
+    let target = target(&args, &settings)?;
+    let Some(client) = connect(&args.socket).await? else {
+        if args.all {
+            return report(&args, &[]);
+        }
+        let what = args.target.as_deref().unwrap_or_default();
+        return Err(CliError::Failed(format!("{what} is not mounted: no agent is running").into()));
+    };
+    let outcomes =
+        client.unmount(&UnmountRequest { target, lazy: args.lazy }).await.map_err(CliError::failed)?;
+    report(&args, &outcomes)
+}
+
+fn report(args: &UnmountArgs, outcomes: &[UnmountOutcome]) -> Result<(), CliError> {
+    if args.output.json {
+        output::print_json(&outcomes);
+    }
+    let mut result = Ok(());
+    for outcome in outcomes {
+        let place = outcome.mount_point.display();
+        match &outcome.error {
+            Some(error) => {
+                output::note(&format!("grid-mount: {} is still at {place}: {error}", outcome.reference));
+                result = Err(CliError::Told);
+            }
+            None if !args.output.json => output::print(&format!("{} is no longer at {place}\n", outcome.reference)),
+            None => {}
+        }
+    }
+    result
+}
+
+/// A path is what has a slash in front, or exists as a directory; anything else is a reference.
+fn target(args: &UnmountArgs, settings: &Settings) -> Result<UnmountTarget, CliError> {
+    let Some(typed) = args.target.as_deref().filter(|_| !args.all) else {
+        return Ok(UnmountTarget::All);
+    };
+    let looks_like_path = typed.starts_with(['/', '.', '~']) || Path::new(typed).is_dir();
+    if looks_like_path {
+        return Ok(UnmountTarget::MountPoint(absolute(Path::new(typed))?));
+    }
+    let _: Reference = typed.parse().map_err(CliError::usage)?;
+    Ok(UnmountTarget::Reference { reference: typed.to_owned(), user: settings.user.value.clone() })
+}

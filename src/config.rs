@@ -1,0 +1,331 @@
+//! Settings: flags over environment over the user's file over the host's file over defaults.
+//!
+//! Owns the layers, the parsing of every value, and where each value came from. Must not know `clap`, nor
+//! read the process's environment: both come in as plain values, so that all of it is a pure function.
+
+mod file;
+
+use std::{
+    collections::BTreeMap,
+    fmt, io,
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Duration,
+};
+
+use serde::Serialize;
+
+use self::file::FileSettings;
+use crate::{
+    bytesize::{ByteSize, ByteSizeError},
+    origin::StoreUrl,
+    reference::UserName,
+};
+
+pub const HOST_FILE: &str = "/etc/grid-mount/config.toml";
+
+/// Every setting, as named in files. `GRID_MOUNT_` and the upper-case name is the environment's name,
+/// `--` and the name with hyphens the flag's.
+pub const KEYS: [&str; 8] = [
+    "catalog",
+    "user",
+    "cache_dir",
+    "cache_size",
+    "cache_min_free",
+    "memory_limit",
+    "connections",
+    "read_deadline",
+];
+
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    #[error("{path} cannot be read")]
+    Read {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("{path}:{line}: {message}")]
+    File { path: PathBuf, line: usize, message: String },
+    #[error("{source_of}: {message}")]
+    Value { source_of: Source, message: String },
+    #[error("there is no home directory to keep things in: set HOME, or name --catalog and --cache-dir")]
+    NoHome,
+    #[error("nobody knows who you are: set GRID_MOUNT_USER")]
+    NoUser,
+}
+
+/// Where a value came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    Flag(&'static str),
+    Environment(&'static str),
+    File { path: PathBuf, line: usize },
+    Default,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Flag(key) => write!(f, "flag --{}", key.replace('_', "-")),
+            Self::Environment(key) => write!(f, "environment {}", environment_name(key)),
+            Self::File { path, line } => write!(f, "{}:{line}", path.display()),
+            Self::Default => f.write_str("default"),
+        }
+    }
+}
+
+/// A value and where it came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sourced<T> {
+    pub value: T,
+    pub source: Source,
+}
+
+/// A share of a disk, or a number of bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskShare {
+    Bytes(ByteSize),
+    Percent(u8),
+}
+
+impl DiskShare {
+    /// In bytes, of a disk of `total` bytes.
+    pub fn of(self, total: u64) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes.0,
+            // No overflow: a hundredth first loses less than 100 bytes.
+            Self::Percent(percent) => total / 100 * u64::from(percent),
+        }
+    }
+}
+
+impl FromStr for DiskShare {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.trim().strip_suffix('%') {
+            Some(percent) => match percent.trim().parse::<u8>() {
+                Ok(percent) if percent <= 100 => Ok(Self::Percent(percent)),
+                _ => Err(format!("{text:?} is not a share of a disk: write 0% to 100%, or 10GiB")),
+            },
+            None => {
+                text.parse().map(Self::Bytes).map_err(|error: ByteSizeError| format!("{error}, or a share of the disk: 20%"))
+            }
+        }
+    }
+}
+
+impl fmt::Display for DiskShare {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bytes(bytes) => bytes.fmt(f),
+            Self::Percent(percent) => write!(f, "{percent}%"),
+        }
+    }
+}
+
+/// The settings in force.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Where records are.
+    pub catalog: Sourced<StoreUrl>,
+    /// Who I am.
+    pub user: Sourced<UserName>,
+    pub cache_dir: Sourced<PathBuf>,
+    pub cache_size: Sourced<DiskShare>,
+    pub cache_min_free: Sourced<DiskShare>,
+    /// Bytes in flight from origins.
+    pub memory_limit: Sourced<ByteSize>,
+    /// Per origin.
+    pub connections: Sourced<u16>,
+    /// No reader waits longer.
+    pub read_deadline: Sourced<Duration>,
+}
+
+/// One line of `grid-mount config`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Explained {
+    pub key: &'static str,
+    pub value: String,
+    pub source: String,
+}
+
+/// What the settings are made from.
+#[derive(Clone, Debug, Default)]
+pub struct Inputs {
+    /// By key, as typed.
+    pub flags: BTreeMap<&'static str, String>,
+    pub environment: BTreeMap<String, String>,
+    /// `None`: [`HOST_FILE`].
+    pub host_file: Option<PathBuf>,
+    /// The login name, if there is one.
+    pub login: Option<String>,
+    pub is_root: bool,
+}
+
+impl Inputs {
+    fn variable(&self, name: &str) -> Option<&str> {
+        self.environment.get(name).map(String::as_str).filter(|value| !value.is_empty())
+    }
+
+    fn home(&self) -> Option<&Path> {
+        self.variable("HOME").map(Path::new).filter(|home| home.is_absolute())
+    }
+
+    /// A directory of the XDG specification, or its place below the home directory.
+    fn xdg(&self, variable: &str, below_home: &str) -> Option<PathBuf> {
+        match self.variable(variable).map(PathBuf::from).filter(|dir| dir.is_absolute()) {
+            Some(dir) => Some(dir),
+            None => Some(self.home()?.join(below_home)),
+        }
+    }
+
+    /// `~/.config/grid-mount/config.toml`
+    pub fn user_file(&self) -> Option<PathBuf> {
+        Some(self.xdg("XDG_CONFIG_HOME", ".config")?.join("grid-mount/config.toml"))
+    }
+}
+
+fn environment_name(key: &str) -> String {
+    format!("GRID_MOUNT_{}", key.to_ascii_uppercase())
+}
+
+/// The layers, strongest first.
+struct Layers<'inputs> {
+    inputs: &'inputs Inputs,
+    files: Vec<FileSettings>,
+}
+
+impl Layers<'_> {
+    fn raw(&self, key: &'static str) -> Option<(String, Source)> {
+        if let Some(value) = self.inputs.flags.get(key) {
+            return Some((value.clone(), Source::Flag(key)));
+        }
+        if let Some(value) = self.inputs.variable(&environment_name(key)) {
+            return Some((value.to_owned(), Source::Environment(key)));
+        }
+        self.files.iter().find_map(|file| {
+            let (value, line) = file.values.get(key)?;
+            Some((value.clone(), Source::File { path: file.path.clone(), line: *line }))
+        })
+    }
+
+    fn get<T, E: fmt::Display>(
+        &self,
+        key: &'static str,
+        parse: impl FnOnce(&str) -> Result<T, E>,
+        default: impl FnOnce() -> Result<T, ConfigError>,
+    ) -> Result<Sourced<T>, ConfigError> {
+        match self.raw(key) {
+            None => Ok(Sourced { value: default()?, source: Source::Default }),
+            Some((text, source)) => match parse(&text) {
+                Ok(value) => Ok(Sourced { value, source }),
+                Err(error) => {
+                    let message = match &source {
+                        Source::File { .. } => format!("{key}: {error}"),
+                        _ => error.to_string(),
+                    };
+                    Err(match source {
+                        Source::File { path, line } => ConfigError::File { path, line, message },
+                        source_of => ConfigError::Value { source_of, message },
+                    })
+                }
+            },
+        }
+    }
+}
+
+impl Settings {
+    /// # Errors
+    /// An unreadable file, an unknown key, a value that does not parse: with file and line, or the name of
+    /// the flag or variable.
+    pub fn load(inputs: &Inputs) -> Result<Self, ConfigError> {
+        let host_file = inputs.host_file.clone().unwrap_or_else(|| PathBuf::from(HOST_FILE));
+        let mut files = Vec::new();
+        for path in inputs.user_file().into_iter().chain([host_file]) {
+            files.extend(FileSettings::read(&path)?);
+        }
+        let layers = Layers { inputs, files };
+        let home = |found: Option<PathBuf>| found.ok_or(ConfigError::NoHome);
+        Ok(Self {
+            catalog: layers.get("catalog", str::parse, || {
+                let dir = home(inputs.xdg("XDG_DATA_HOME", ".local/share"))?.join("grid-mount/catalog");
+                StoreUrl::from_directory(&dir).map_err(|error| ConfigError::Value {
+                    source_of: Source::Default,
+                    message: error.to_string(),
+                })
+            })?,
+            user: layers.get("user", str::parse, || {
+                let login = inputs.login.as_deref().ok_or(ConfigError::NoUser)?;
+                login.parse().map_err(|_| ConfigError::NoUser)
+            })?,
+            cache_dir: layers.get("cache_dir", absolute, || {
+                if inputs.is_root {
+                    return Ok(PathBuf::from("/var/cache/grid-mount"));
+                }
+                Ok(home(inputs.xdg("XDG_CACHE_HOME", ".cache"))?.join("grid-mount"))
+            })?,
+            // Much of a session host's disk is there for this; a laptop keeps most of its own.
+            cache_size: layers.get("cache_size", str::parse, || Ok(DiskShare::Percent(20)))?,
+            cache_min_free: layers.get("cache_min_free", str::parse, || Ok(DiskShare::Percent(5)))?,
+            memory_limit: layers.get("memory_limit", str::parse, || Ok(ByteSize(512 << 20)))?,
+            connections: layers.get("connections", connections, || Ok(64))?,
+            read_deadline: layers.get("read_deadline", seconds, || Ok(Duration::from_secs(60)))?,
+        })
+    }
+
+    /// Every setting with its value and source, in the order of [`KEYS`].
+    pub fn explain(&self) -> Vec<Explained> {
+        fn line<T: fmt::Display>(key: &'static str, sourced: &Sourced<T>) -> Explained {
+            Explained { key, value: sourced.value.to_string(), source: sourced.source.to_string() }
+        }
+        let cache_dir =
+            Sourced { value: self.cache_dir.value.display(), source: self.cache_dir.source.clone() };
+        let read_deadline = Sourced {
+            value: format!("{}s", self.read_deadline.value.as_secs()),
+            source: self.read_deadline.source.clone(),
+        };
+        vec![
+            line("catalog", &self.catalog),
+            line("user", &self.user),
+            line("cache_dir", &cache_dir),
+            line("cache_size", &self.cache_size),
+            line("cache_min_free", &self.cache_min_free),
+            line("memory_limit", &self.memory_limit),
+            line("connections", &self.connections),
+            line("read_deadline", &read_deadline),
+        ]
+    }
+}
+
+fn absolute(text: &str) -> Result<PathBuf, String> {
+    std::path::absolute(text).map_err(|error| format!("{text:?} is not a path: {error}"))
+}
+
+fn connections(text: &str) -> Result<u16, String> {
+    match text.trim().parse() {
+        Ok(count @ 1..=1024) => Ok(count),
+        _ => Err(format!("{text:?} is not a number of connections: write 1 to 1024")),
+    }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let number = text.trim().strip_suffix('s').unwrap_or(text.trim());
+    match number.parse() {
+        Ok(seconds @ 1..=3600) => Ok(Duration::from_secs(seconds)),
+        _ => Err(format!("{text:?} is not a number of seconds: write 1s to 3600s")),
+    }
+}
+
+/// The variables of the object-store ecosystems, as they are.
+pub fn store_variables(
+    environment: impl IntoIterator<Item = (String, String)>,
+) -> impl Iterator<Item = (String, String)> {
+    const PREFIXES: [&str; 3] = ["AWS_", "GOOGLE_", "AZURE_"];
+    environment.into_iter().filter(|(name, _)| PREFIXES.iter().any(|prefix| name.starts_with(prefix)))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,99 @@
+use super::*;
+
+fn inputs(environment: &[(&str, &str)]) -> Inputs {
+    let mut inputs = Inputs {
+        // No file of this machine has a say.
+        host_file: Some(PathBuf::from("/nowhere/config.toml")),
+        login: Some("login".into()),
+        ..Inputs::default()
+    };
+    inputs.environment.insert("HOME".into(), "/nowhere/home".into());
+    for (name, value) in environment {
+        inputs.environment.insert((*name).into(), (*value).into());
+    }
+    inputs
+}
+
+#[test]
+fn the_stronger_layer_wins_and_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let user_file = dir.path().join("grid-mount/config.toml");
+    std::fs::create_dir(user_file.parent().unwrap()).unwrap();
+    std::fs::write(&user_file, "# mine\nuser = \"file\"\nconnections = 7\n").unwrap();
+    let host_file = dir.path().join("host.toml");
+    std::fs::write(&host_file, "user = \"host\"\nconnections = 9\ncache_size = \"1GiB\"\n").unwrap();
+
+    let mut inputs = inputs(&[("XDG_CONFIG_HOME", dir.path().to_str().unwrap())]);
+    inputs.host_file = Some(host_file.clone());
+    let settings = Settings::load(&inputs).unwrap();
+    assert_eq!(settings.user.value.as_str(), "file");
+    assert_eq!(settings.user.source, Source::File { path: user_file, line: 2 });
+    assert_eq!(settings.connections.value, 7);
+    assert_eq!(settings.cache_size.source, Source::File { path: host_file, line: 3 });
+
+    inputs.environment.insert("GRID_MOUNT_USER".into(), "environment".into());
+    let settings = Settings::load(&inputs).unwrap();
+    assert_eq!(settings.user.value.as_str(), "environment");
+    inputs.flags.insert("user", "flag".into());
+    let settings = Settings::load(&inputs).unwrap();
+    assert_eq!((settings.user.value.as_str(), settings.user.source), ("flag", Source::Flag("user")));
+}
+
+#[test]
+fn every_key_is_explained_and_can_be_set_in_each_layer() {
+    let explained = Settings::load(&inputs(&[])).unwrap().explain();
+    assert_eq!(explained.iter().map(|line| line.key).collect::<Vec<_>>(), KEYS);
+    assert!(explained.iter().all(|line| line.source == "default"));
+    for line in &explained {
+        // A printed value parses again, from a flag and from the environment.
+        let mut inputs = inputs(&[(&environment_name(line.key), &line.value)]);
+        let again = Settings::load(&inputs).unwrap().explain();
+        let again = again.iter().find(|other| other.key == line.key).unwrap();
+        assert_eq!((&again.value, again.source.starts_with("environment")), (&line.value, true));
+        inputs.flags.insert(line.key, line.value.clone());
+        assert!(Settings::load(&inputs).is_ok());
+    }
+}
+
+#[test]
+fn mistakes_name_the_file_and_the_line() {
+    for (text, line, word) in [
+        ("\ncach_dir = \"/x\"\n", 2, "cache_dir"),
+        ("user = \"a\"\n\nconnections = \"many\"\n", 3, "many"),
+        ("user = \"a\"\nuser = \"b\"\n", 2, "duplicate"),
+        ("cache_size = [1]\n", 1, "array"),
+        ("what is this\n", 1, ""),
+        ("zzzzqqqq = 1\n", 1, "there are catalog"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.toml");
+        std::fs::write(&path, text).unwrap();
+        let error =
+            Settings::load(&Inputs { host_file: Some(path.clone()), ..inputs(&[]) }).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("{}:{line}:", path.display())), "{error}");
+        assert!(error.contains(word), "{error}");
+    }
+    let error = Settings::load(&inputs(&[("GRID_MOUNT_CACHE_SIZE", "lots")])).unwrap_err().to_string();
+    assert!(error.contains("GRID_MOUNT_CACHE_SIZE") && error.contains("lots"), "{error}");
+}
+
+#[test]
+fn shares_of_a_disk() {
+    assert_eq!("20%".parse::<DiskShare>().unwrap().of(1000), 200);
+    assert_eq!("1KiB".parse::<DiskShare>().unwrap().of(1), 1024);
+    assert_eq!("100%".parse::<DiskShare>().unwrap().of(u64::MAX), u64::MAX / 100 * 100);
+    assert!("101%".parse::<DiskShare>().is_err());
+    assert!("-1%".parse::<DiskShare>().is_err());
+}
+
+#[test]
+fn only_object_store_variables_travel() {
+    let names: Vec<String> = store_variables([
+        ("AWS_ACCESS_KEY_ID".into(), "k".into()),
+        ("HOME".into(), "/".into()),
+        ("AZURE_STORAGE_ACCOUNT".into(), "a".into()),
+    ])
+    .map(|(name, _)| name)
+    .collect();
+    assert_eq!(names, ["AWS_ACCESS_KEY_ID", "AZURE_STORAGE_ACCOUNT"]);
+}
