@@ -3,11 +3,18 @@
 //! One room per concern; `ARCHITECTURE.md` draws the rooms and the arrows between them, and
 //! `tests/architecture.rs` checks the arrows.
 
+pub mod agent;
 pub mod block;
+pub mod bytesize;
 pub mod cache;
 pub mod catalog;
+pub mod cli;
+pub mod config;
 pub mod digest;
 pub mod fetch;
+pub mod fs;
+pub mod fuse;
 pub mod origin;
+pub mod publish;
 pub mod reference;
 pub mod tree;

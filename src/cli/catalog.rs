@@ -1,0 +1,131 @@
+//! `grid-mount list`, `info`, `alias`.
+
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use super::{
+    CliError,
+    args::{AliasArgs, InfoArgs, ListArgs},
+    config::{self, Overrides},
+    output,
+};
+use crate::{
+    catalog::{self, Alias, Catalog, OriginLocation, Record},
+    config::Settings,
+    origin::StoreUrl,
+    reference::{Reference, UserName, VersionNumber},
+};
+
+pub fn open(settings: &Settings) -> Result<Arc<dyn Catalog>, CliError> {
+    let store_settings = config::store_settings().into_iter().collect();
+    catalog::open(&settings.catalog.value, &store_settings).map_err(|error| match error {
+        error @ catalog::CatalogError::UnsupportedScheme { .. } => CliError::usage(error),
+        error => CliError::failed(error),
+    })
+}
+
+pub async fn list(args: ListArgs) -> Result<(), CliError> {
+    let settings = config::load(&Overrides::of(&args.catalog, &Default::default()))?;
+    let owner = match (&args.owner, args.global) {
+        (_, true) => None,
+        (Some(owner), false) => Some(owner.parse::<UserName>().map_err(CliError::usage)?),
+        (None, false) => Some(settings.user.value.clone()),
+    };
+    let found = open(&settings)?.list(owner.as_ref()).await;
+    let datastores = match found {
+        // Having published nothing is no error of mine; a teammate's name that nobody has is.
+        Err(catalog::CatalogError::NoSuchUser { .. }) if args.owner.is_none() => Vec::new(),
+        found => found.map_err(CliError::failed)?,
+    };
+    if args.output.json {
+        output::print_json(&datastores);
+        return Ok(());
+    }
+    if datastores.is_empty() {
+        output::note("nothing has been published yet (`grid-mount publish DIR NAME`)");
+        return Ok(());
+    }
+    let rows: Vec<Vec<String>> = datastores
+        .iter()
+        .map(|datastore| vec![datastore.name.to_string(), datastore.latest.to_string()])
+        .collect();
+    output::print(&output::table(&["DATASTORE", "LATEST"], &rows));
+    Ok(())
+}
+
+/// The shape of `info --json`.
+#[derive(Serialize)]
+struct Info {
+    #[serde(flatten)]
+    record: Record,
+    /// Where the bytes are.
+    origin_url: StoreUrl,
+    /// Every version there is.
+    versions: Vec<VersionNumber>,
+    aliases: Vec<Alias>,
+}
+
+pub async fn info(args: InfoArgs) -> Result<(), CliError> {
+    let settings = config::load(&Overrides::of(&args.catalog, &Default::default()))?;
+    let reference: Reference = args.reference.parse().map_err(CliError::usage)?;
+    let catalog = open(&settings)?;
+    let record = catalog.resolve(&reference, &settings.user.value).await.map_err(CliError::failed)?;
+    let name = record.name();
+    let (versions, aliases) =
+        futures::try_join!(catalog.versions(&name), catalog.aliases(&name)).map_err(CliError::failed)?;
+    let origin_url = match &record.origin {
+        OriginLocation::Catalog => catalog.store().url().clone(),
+        OriginLocation::Url(url) => url.clone(),
+    };
+    let info = Info { record, origin_url, versions, aliases };
+    if args.output.json {
+        output::print_json(&info);
+    } else {
+        output::print(&text(&info));
+    }
+    Ok(())
+}
+
+fn text(info: &Info) -> String {
+    let record = &info.record;
+    let versions: Vec<String> = info.versions.iter().map(ToString::to_string).collect();
+    let aliases: Vec<String> =
+        info.aliases.iter().map(|alias| format!("{} → {}", alias.alias, alias.version)).collect();
+    let mut rows = vec![
+        ("reference", record.pinned().to_string()),
+        ("size", format!("{} ({} bytes)", output::bytes(record.totals.bytes), record.totals.bytes)),
+        (
+            "holds",
+            format!(
+                "{} files, {} directories, {} symlinks",
+                record.totals.files, record.totals.directories, record.totals.symlinks
+            ),
+        ),
+        ("created", record.created.strftime("%Y-%m-%d %H:%M:%SZ").to_string()),
+        ("origin", info.origin_url.to_string()),
+        ("message", record.message.clone()),
+        ("versions", versions.join(", ")),
+        ("aliases", aliases.join(", ")),
+    ];
+    rows.retain(|(_, value)| !value.is_empty());
+    rows.into_iter().map(|(key, value)| format!("{key:10} {value}\n")).collect()
+}
+
+pub async fn alias(args: AliasArgs) -> Result<(), CliError> {
+    let settings = config::load(&Overrides::of(&args.catalog, &Default::default()))?;
+    let reference: Reference = args.reference.parse().map_err(CliError::usage)?;
+    let alias = args.alias.parse().map_err(CliError::usage)?;
+    let catalog = open(&settings)?;
+    if args.remove {
+        let name = reference.qualify(&settings.user.value);
+        catalog.remove_alias(&name, &alias).await.map_err(CliError::failed)?;
+        output::print(&format!("{name} has no alias {alias} any more\n"));
+        return Ok(());
+    }
+    let record = catalog.resolve(&reference, &settings.user.value).await.map_err(CliError::failed)?;
+    let alias = Alias { alias, version: record.version };
+    catalog.set_alias(&record.name(), &alias).await.map_err(CliError::failed)?;
+    output::print(&format!("{}/{} is {}\n", record.name(), alias.alias, record.pinned()));
+    Ok(())
+}
