@@ -30,7 +30,8 @@ use self::{
 use crate::{
     cache::{Cache, CacheConfig, CacheError},
     fetch::{FetchConfig, Fetcher},
-    fuse::{self, MountError, Mounted},
+    fs::Owner,
+    fuse::{self, Ended, MountError, MountOptions, Mounted, Operation},
     reference::{ParseError, QualifiedName, Reference},
 };
 
@@ -173,7 +174,7 @@ impl Agent {
         match table.slots.get(&key) {
             Some(Slot::Pending) => Err(AgentError::Pending { mount_point: path.to_owned() }),
             Some(Slot::Serving(mount)) => {
-                let pinned = resolved.pinned();
+                let pinned = resolved.reference();
                 if mount.info.reference == pinned && mount.info.catalog == resolved.catalog_url {
                     let info = MountInfo { already_mounted: true, ..mount.current_info() };
                     return Ok(Place::AlreadyThere(Box::new(info)));
@@ -205,31 +206,33 @@ impl Agent {
     ) -> Result<MountInfo, AgentError> {
         let point = MountPoint::prepare(&request.mount_point)?;
         let snapshot = Arc::new(snapshot);
-        let fs = snapshot.file_system(&self.fetcher, handle.clone());
-        let options = snapshot.mount_options(point.path(), request.io_mode);
-        let mounted = fuse::mount(fs, options, handle).map_err(|source| AgentError::Mount {
+        let owner = Owner { uid: nix::unistd::geteuid().as_raw(), gid: nix::unistd::getegid().as_raw() };
+        let reference = snapshot.resolved.reference();
+        let mut options = MountOptions::new(point.path(), reference.to_string(), owner);
+        options.io_mode = request.io_mode;
+        let mounted = fuse::mount(snapshot.file_system(&self.fetcher, owner), options, &handle).map_err(|source| AgentError::Mount {
             requested: request.reference.clone(),
             mount_point: point.path().to_owned(),
             source,
         })?;
         let mounted = Arc::new(mounted);
         let info = MountInfo {
-            reference: snapshot.pinned(),
+            reference,
             requested: request.reference.clone(),
             mount_point: point.path().to_owned(),
-            catalog: snapshot.catalog_url().clone(),
-            origin: snapshot.origin_url().clone(),
-            totals: snapshot.totals(),
+            catalog: snapshot.resolved.catalog_url.clone(),
+            origin: snapshot.resolved.origin.url().clone(),
+            totals: snapshot.tree.totals(),
             since: jiff::Timestamp::now(),
-            io_mode: mounted.io_mode().to_string(),
-            io_mode_reason: mounted.io_mode_reason().to_owned(),
+            io_mode: mounted.io_mode().mode.to_string(),
+            io_mode_reason: mounted.io_mode().reason.clone(),
             requests: BTreeMap::new(),
             already_mounted: false,
         };
         tracing::info!(reference = %info.reference, mount_point = %point.path().display(), "mounted");
         let mount = Arc::new(Mount { info, mounted, _snapshot: snapshot });
         let info = mount.current_info();
-        reserved.serve(mount, point);
+        reserved.serve(mount, point, &handle);
         Ok(info)
     }
 
@@ -250,7 +253,7 @@ impl Agent {
             pid: std::process::id(),
             cache_dir: self.cache_config.dir.clone(),
             cache_degraded: cache.degraded,
-            cache_used: cache.bytes,
+            cache_used: cache.allocated_bytes,
             cache_limit: self.cache_config.max_bytes,
             bytes_from_cache: fetch.bytes_from_cache,
             bytes_from_origin: fetch.bytes_from_origin,
@@ -361,13 +364,21 @@ impl Agent {
                 tracing::error!(mount_point = %mount.info.mount_point.display(), error, "not unmounted");
             }
         }
-        self.cache.flush();
+        if let Err(error) = self.cache.settle() {
+            tracing::warn!(%error, "the cache's order is not saved");
+        }
     }
 }
 
 impl Mount {
     fn current_info(&self) -> MountInfo {
-        MountInfo { requests: self.mounted.counters(), ..self.info.clone() }
+        let counters = self.mounted.counters();
+        let requests = Operation::ALL
+            .iter()
+            .map(|operation| (operation.name().to_owned(), counters.get(*operation)))
+            .filter(|(_, count)| *count > 0)
+            .collect();
+        MountInfo { requests, ..self.info.clone() }
     }
 
     fn is_of(&self, name: &QualifiedName, reference: &Reference) -> bool {
@@ -404,20 +415,18 @@ struct Reserved {
 
 impl Reserved {
     /// Enters the mount into the table, and takes it out when its session ends, however it ends.
-    fn serve(self, mount: Arc<Mount>, point: MountPoint) {
+    fn serve(self, mount: Arc<Mount>, point: MountPoint, runtime: &tokio::runtime::Handle) {
         let served = Arc::clone(&mount.mounted);
         self.agent.table.lock().slots.insert(self.key.clone(), Slot::Serving(mount));
-        let waiting = std::thread::Builder::new().name("grid-mount-wait".into()).spawn(move || {
-            if let Err(error) = served.wait() {
-                tracing::error!(mount_point = %point.path().display(), error = chain(&error), "the session failed");
+        runtime.spawn(async move {
+            let shown = point.path().display();
+            match served.wait().await {
+                Ended::Failed(error) => tracing::error!(mount_point = %shown, error, "the session failed"),
+                _ => tracing::info!(mount_point = %shown, "unmounted"),
             }
-            tracing::info!(mount_point = %point.path().display(), "unmounted");
             drop(point);
             drop(self);
         });
-        if let Err(error) = waiting {
-            tracing::error!(%error, "no thread to watch the mount with");
-        }
     }
 }
 

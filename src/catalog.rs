@@ -3,14 +3,25 @@
 //! Owns records, versions, aliases, listing and publishing a record (put-if-absent, last).
 //! Must not know FUSE or the cache.
 
+mod error;
+pub mod sealed;
+pub mod store;
+
+use std::sync::Arc;
+
 use async_trait::async_trait;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+pub use error::{CatalogError, Damage, Existing};
+
 use crate::{
     digest::Digest,
-    origin::{Store, StoreUrl},
-    reference::{AliasName, PinnedReference, QualifiedName, Reference, UserName, VersionNumber},
+    origin::{Deadlines, Store, StoreSettings, StoreUrl},
+    reference::{
+        AliasName, DatastoreName, PinnedReference, QualifiedName, Reference, UserName,
+        VersionNumber,
+    },
     tree::Totals,
 };
 
@@ -54,7 +65,7 @@ pub struct Record {
     /// 1
     pub format: u32,
     pub owner: UserName,
-    pub datastore: DatastoreNameField,
+    pub datastore: DatastoreName,
     pub version: VersionNumber,
     pub tree: TreeParts,
     pub origin: OriginLocation,
@@ -64,7 +75,25 @@ pub struct Record {
     /// Tells our own successful put, whose answer was lost, from somebody else's.
     pub nonce: String,
 }
-pub type DatastoreNameField = crate::reference::DatastoreName;
+
+impl Record {
+    /// The only format this program writes and reads.
+    pub const FORMAT: u32 = 1;
+
+    pub fn name(&self) -> QualifiedName {
+        QualifiedName {
+            owner: self.owner.clone(),
+            datastore: self.datastore.clone(),
+        }
+    }
+
+    pub fn reference(&self) -> PinnedReference {
+        PinnedReference {
+            name: self.name(),
+            version: self.version,
+        }
+    }
+}
 
 /// A record before it has a version number.
 #[derive(Clone, Debug)]
@@ -92,12 +121,16 @@ pub struct Alias {
 pub trait Catalog: Send + Sync {
     /// Everybody's datastores, or one user's; sorted.
     async fn list(&self, owner: Option<&UserName>) -> Result<Vec<DatastoreSummary>, CatalogError>;
-    /// Ascending; empty errors are `NoSuchUser` / `NoSuchDatastore` with near misses.
+    /// Ascending and never empty: else `NoSuchUser`, `NoSuchDatastore` (with near misses) or `NoVersion`.
     async fn versions(&self, name: &QualifiedName) -> Result<Vec<VersionNumber>, CatalogError>;
     async fn record(&self, reference: &PinnedReference) -> Result<Record, CatalogError>;
     async fn aliases(&self, name: &QualifiedName) -> Result<Vec<Alias>, CatalogError>;
     async fn set_alias(&self, name: &QualifiedName, alias: &Alias) -> Result<(), CatalogError>;
-    async fn remove_alias(&self, name: &QualifiedName, alias: &AliasName) -> Result<(), CatalogError>;
+    async fn remove_alias(
+        &self,
+        name: &QualifiedName,
+        alias: &AliasName,
+    ) -> Result<(), CatalogError>;
     /// Gives the draft the next free version number; two publishers never get the same one.
     async fn publish(&self, draft: Draft) -> Result<Record, CatalogError>;
     /// Resolved once: owner `None` is `me`; latest and aliases become a number.
@@ -106,9 +139,19 @@ pub trait Catalog: Send + Sync {
     fn store(&self) -> &Store;
 }
 
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum CatalogError {
-    #[error("no such version")]
-    NoSuchVersion,
+/// The catalog at `url`. Only stores are catalogs so far.
+pub fn open(
+    url: &StoreUrl,
+    settings: &StoreSettings,
+    deadlines: &Deadlines,
+) -> Result<Arc<dyn Catalog>, CatalogError> {
+    match url.scheme() {
+        "file" | "s3" | "gs" | "az" => {}
+        _ => return Err(CatalogError::UnsupportedScheme { url: url.clone() }),
+    }
+    let store = Store::open(url, settings, deadlines).map_err(|source| CatalogError::Origin {
+        doing: "opening the catalog",
+        source,
+    })?;
+    Ok(Arc::new(store::StoreCatalog::new(store)))
 }

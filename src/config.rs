@@ -18,7 +18,7 @@ use serde::Serialize;
 use self::file::FileSettings;
 use crate::{
     bytesize::{ByteSize, ByteSizeError},
-    origin::StoreUrl,
+    origin::{OriginError, StoreUrl},
     reference::UserName,
 };
 
@@ -252,7 +252,8 @@ impl Settings {
         Ok(Self {
             catalog: layers.get("catalog", str::parse, || {
                 let dir = home(inputs.xdg("XDG_DATA_HOME", ".local/share"))?.join("grid-mount/catalog");
-                StoreUrl::from_directory(&dir).map_err(|error| ConfigError::Value {
+                let url = url::Url::from_directory_path(&dir).map_err(|()| ConfigError::NoHome)?;
+                url.as_str().parse().map_err(|error: OriginError| ConfigError::Value {
                     source_of: Source::Default,
                     message: error.to_string(),
                 })

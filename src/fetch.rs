@@ -98,10 +98,18 @@ pub struct FetchObject {
 }
 
 impl FetchObject {
-    /// Blocks of the object that the cache holds, among `blocks`.
-    pub fn cached_blocks(&self, blocks: Range<u64>) -> u64 {
-        let all = blocks.end.saturating_sub(blocks.start);
-        self.cached.as_ref().map_or(0, |cached| all - cached.missing(blocks).len() as u64)
+    /// How many bytes of `range` lie in blocks that the cache holds.
+    pub fn cached_bytes(&self, range: Range<u64>) -> u64 {
+        let Some(cached) = &self.cached else { return 0 };
+        let absent: u64 = cached
+            .missing(blocks_covering(&range))
+            .into_iter()
+            .map(|block| {
+                let bytes = block.byte_range(self.source.size);
+                bytes.end.min(range.end).saturating_sub(bytes.start.max(range.start))
+            })
+            .sum();
+        (range.end - range.start).saturating_sub(absent)
     }
 
     /// The object's place in the cache.
@@ -199,7 +207,7 @@ impl Fetcher {
             Pin::ETag(tag) => format!("etag {tag}"),
             Pin::VersionId(id) => format!("version {id}"),
         };
-        let id = ObjectId::derive(domain, source.store.canonical(), &source.key, &pin, source.size, source.digest);
+        let id = ObjectId::derive(domain, source.store.canonical(), &source.key, &pin, source.size, source.digest.as_ref());
         let mut objects = self.objects.lock();
         if let Some(object) = objects.get(&id).and_then(Weak::upgrade) {
             return object;

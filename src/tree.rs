@@ -12,7 +12,6 @@ mod unpack;
 
 pub mod builder;
 
-
 use std::{
     fs::File,
     ops::Range,
@@ -112,7 +111,10 @@ enum Backing {
 
 impl Backing {
     fn map(path: &Path) -> Result<Self, TreeError> {
-        let io = |source| TreeError::Io { path: path.to_owned(), source };
+        let io = |source| TreeError::Io {
+            path: path.to_owned(),
+            source,
+        };
         let file = File::open(path).map_err(io)?;
         // SAFETY: a mapping is unsound if somebody changes or truncates the file under it. A part is
         // sealed before it is opened: `unpack` writes it under another name, makes it read-only and
@@ -160,7 +162,10 @@ impl Tree {
         let tree = Self { part, layout };
         match tree.entry(Self::ROOT)?.kind {
             EntryKind::Directory { .. } => Ok(tree),
-            _ => Err(TreeError::Row { row: Self::ROOT, what: "the root is not a directory" }),
+            _ => Err(TreeError::Row {
+                row: Self::ROOT,
+                what: "the root is not a directory",
+            }),
         }
     }
 
@@ -183,33 +188,61 @@ impl Tree {
         let name = self.name(row, raw)?;
         if row == Self::ROOT {
             if parent != row || !name.is_empty() {
-                return Err(TreeError::Row { row, what: "the root has a parent or a name" });
+                return Err(TreeError::Row {
+                    row,
+                    what: "the root has a parent or a name",
+                });
             }
         } else if parent >= row {
             // Rows only ever point towards the root, so walking up ends.
-            return Err(TreeError::Row { row, what: "its parent does not come before it" });
+            return Err(TreeError::Row {
+                row,
+                what: "its parent does not come before it",
+            });
         } else if format::name_fault(name).is_some() {
-            return Err(TreeError::Row { row, what: "its name is not a file name" });
+            return Err(TreeError::Row {
+                row,
+                what: "its name is not a file name",
+            });
         }
         let nanos = raw.modified_nanos.get();
         if nanos >= 1_000_000_000 {
-            return Err(TreeError::Row { row, what: "its modification time has too many nanoseconds" });
+            return Err(TreeError::Row {
+                row,
+                what: "its modification time has too many nanoseconds",
+            });
         }
         let kind = match raw.mode.get() & format::TYPE_MASK {
             format::TYPE_DIRECTORY => {
                 let (children, subdirectories) = self.children_of(row, raw)?;
-                EntryKind::Directory { children, subdirectories }
+                EntryKind::Directory {
+                    children,
+                    subdirectories,
+                }
             }
-            format::TYPE_FILE => EntryKind::File { size: raw.size.get(), content: self.content_of(row, raw)? },
-            format::TYPE_SYMLINK => EntryKind::Symlink { target: self.target_of(row, raw)? },
-            _ => return Err(TreeError::Row { row, what: "it is of no known type" }),
+            format::TYPE_FILE => EntryKind::File {
+                size: raw.size.get(),
+                content: self.content_of(row, raw)?,
+            },
+            format::TYPE_SYMLINK => EntryKind::Symlink {
+                target: self.target_of(row, raw)?,
+            },
+            _ => {
+                return Err(TreeError::Row {
+                    row,
+                    what: "it is of no known type",
+                });
+            }
         };
         Ok(Entry {
             row,
             parent,
             name,
             mode: raw.mode.get() & format::MODE_MASK,
-            modified: Timestamp { seconds: raw.modified_seconds.get(), nanos },
+            modified: Timestamp {
+                seconds: raw.modified_seconds.get(),
+                nanos,
+            },
             kind,
         })
     }
@@ -225,7 +258,10 @@ impl Tree {
             let middle = RowNo(candidates.start + (candidates.end - candidates.start) / 2);
             let raw = self.row(middle)?;
             if raw.parent.get() != dir.0 {
-                return Err(TreeError::Row { row: middle, what: "its parent is another directory" });
+                return Err(TreeError::Row {
+                    row: middle,
+                    what: "its parent is another directory",
+                });
             }
             match self.name(middle, raw)?.cmp(name) {
                 std::cmp::Ordering::Less => candidates.start = middle.0 + 1,
@@ -263,7 +299,10 @@ impl Tree {
         while entry.row != Self::ROOT {
             len += entry.name.len() + 1;
             if len > format::MAX_PATH + 1 {
-                return Err(TreeError::Row { row, what: "its path is too long" });
+                return Err(TreeError::Row {
+                    row,
+                    what: "its path is too long",
+                });
             }
             reversed.push(entry.name);
             entry = self.entry(entry.parent)?;
@@ -276,7 +315,9 @@ impl Tree {
     /// siblings first, then the files of the next directory as deep. `None` if none is near.
     pub fn next_file(&self, row: RowNo) -> Result<Option<RowNo>, TreeError> {
         let start = row.0.saturating_add(1);
-        let end = start.saturating_add(NEIGHBOUR_DISTANCE).min(self.layout.row_count);
+        let end = start
+            .saturating_add(NEIGHBOUR_DISTANCE)
+            .min(self.layout.row_count);
         for next in (start..end).map(RowNo) {
             if self.row(next)?.mode.get() & format::TYPE_MASK == format::TYPE_FILE {
                 return Ok(Some(next));
@@ -288,12 +329,22 @@ impl Tree {
     /// Where a file's bytes lie, checked against the size of the object; `None` for an empty file and
     /// for what is not a file.
     pub fn object_range(&self, row: RowNo) -> Result<Option<(ObjectNo, Range<u64>)>, TreeError> {
-        let EntryKind::File { size, content: Some(content) } = self.entry(row)?.kind else {
+        let EntryKind::File {
+            size,
+            content: Some(content),
+        } = self.entry(row)?.kind
+        else {
             return Ok(None);
         };
         let object = self.object_row(content.object)?;
-        let end = content.offset.checked_add(size).filter(|end| *end <= object.size.get());
-        let end = end.ok_or(TreeError::Row { row, what: "it reaches beyond the end of its object" })?;
+        let end = content
+            .offset
+            .checked_add(size)
+            .filter(|end| *end <= object.size.get());
+        let end = end.ok_or(TreeError::Row {
+            row,
+            what: "it reaches beyond the end of its object",
+        })?;
         Ok(Some((content.object, content.offset..end)))
     }
 
@@ -305,25 +356,49 @@ impl Tree {
             std::str::from_utf8(keys.get(range)?).ok().map(str::to_owned)
         };
         let (key_offset, key_len) = (row.key_offset.get(), u64::from(row.key_len.get()));
-        let key = text(key_offset, key_len).ok_or(TreeError::Object { object, what: "its key is damaged" })?;
+        let key = text(key_offset, key_len).ok_or(TreeError::Object {
+            object,
+            what: "its key is damaged",
+        })?;
         // The key lies within the section, so this cannot overflow.
         let pin = text(key_offset + key_len, row.pin_len.get().into());
         let pin = match (row.pin_kind, pin) {
             (format::PIN_CONTENT, Some(text)) if text.is_empty() => Pin::Content,
             (format::PIN_ETAG, Some(text)) => Pin::ETag(text),
             (format::PIN_VERSION_ID, Some(text)) => Pin::VersionId(text),
-            _ => return Err(TreeError::Object { object, what: "its pin is damaged" }),
+            _ => {
+                return Err(TreeError::Object {
+                    object,
+                    what: "its pin is damaged",
+                });
+            }
         };
         let digest = match row.has_digest {
             0 => None,
             1 => {
-                let digests = self.section(&self.layout.object_digests).as_chunks::<{ format::DIGEST_LEN }>().0;
+                let digests = self
+                    .section(&self.layout.object_digests)
+                    .as_chunks::<{ format::DIGEST_LEN }>()
+                    .0;
                 let digest = digests.get(object.0 as usize);
-                Some(*digest.ok_or(TreeError::Object { object, what: "its digest is missing" })?)
+                Some(*digest.ok_or(TreeError::Object {
+                    object,
+                    what: "its digest is missing",
+                })?)
             }
-            _ => return Err(TreeError::Object { object, what: "it has neither a digest nor none" }),
+            _ => {
+                return Err(TreeError::Object {
+                    object,
+                    what: "it has neither a digest nor none",
+                });
+            }
         };
-        Ok(Object { key, size: row.size.get(), pin, digest: digest.map(Digest::from_bytes) })
+        Ok(Object {
+            key,
+            size: row.size.get(),
+            pin,
+            digest: digest.map(Digest::from_bytes),
+        })
     }
 
     /// How many files come before `row`: the index of a file's digest.
@@ -358,7 +433,10 @@ impl Tree {
 
     fn name(&self, row: RowNo, raw: &Row) -> Result<&[u8], TreeError> {
         self.names_slice(raw.name_offset.get(), raw.name_len.get().into())
-            .ok_or(TreeError::Row { row, what: "its name lies beyond the end" })
+            .ok_or(TreeError::Row {
+                row,
+                what: "its name lies beyond the end",
+            })
     }
 
     fn names_slice(&self, start: u64, len: u64) -> Option<&[u8]> {
@@ -372,10 +450,15 @@ impl Tree {
         if count == 0 && subdirectories == 0 {
             return Ok((0..0, 0));
         }
-        let end = first.checked_add(count).filter(|end| *end <= self.layout.row_count);
+        let end = first
+            .checked_add(count)
+            .filter(|end| *end <= self.layout.row_count);
         match end {
             Some(end) if first > row.0 && subdirectories <= count => Ok((first..end, subdirectories)),
-            _ => Err(TreeError::Row { row, what: "its children lie elsewhere" }),
+            _ => Err(TreeError::Row {
+                row,
+                what: "its children lie elsewhere",
+            }),
         }
     }
 
@@ -385,9 +468,15 @@ impl Tree {
             return Ok(None);
         }
         if size == 0 || object >= self.layout.object_count || offset.checked_add(size).is_none() {
-            return Err(TreeError::Row { row, what: "its bytes lie in no object" });
+            return Err(TreeError::Row {
+                row,
+                what: "its bytes lie in no object",
+            });
         }
-        Ok(Some(Content { object: ObjectNo(object), offset }))
+        Ok(Some(Content {
+            object: ObjectNo(object),
+            offset,
+        }))
     }
 
     fn target_of(&self, row: RowNo, raw: &Row) -> Result<&[u8], TreeError> {
@@ -395,7 +484,10 @@ impl Tree {
         let start = raw.name_offset.get().saturating_add(raw.name_len.get().into());
         self.names_slice(start, len)
             .filter(|target| (1..=format::MAX_TARGET).contains(&target.len()) && !target.contains(&0))
-            .ok_or(TreeError::Row { row, what: "its target is damaged" })
+            .ok_or(TreeError::Row {
+                row,
+                what: "its target is damaged",
+            })
     }
 }
 
@@ -425,7 +517,9 @@ pub enum TreeError {
     Object { object: ObjectNo, what: &'static str },
     #[error("the tree has format {version}, which this version of grid-mount does not know; a newer one may")]
     UnknownFormat { version: u32 },
-    #[error("the tree uses features ({flags:#x}) that this version of grid-mount does not know; a newer one may")]
+    #[error(
+        "the tree uses features ({flags:#x}) that this version of grid-mount does not know; a newer one may"
+    )]
     UnknownFeature { flags: u64 },
     #[error("a part of the tree has the digest {actual}, not {expected}")]
     WrongDigest { expected: Digest, actual: Digest },

@@ -6,7 +6,6 @@
 //! | `GET /v1/mounts` | | `[MountInfo]` |
 //! | `POST /v1/mounts` | [`MountRequest`] | [`MountInfo`], once the mount answers |
 //! | `POST /v1/unmount` | [`UnmountRequest`] | `[UnmountOutcome]` |
-//! | `POST /v1/cache/evict` | | the bytes freed |
 //!
 //! An error is a 4xx or 5xx with a [`Problem`]. Shapes only grow: fields are added, never renamed.
 
@@ -15,6 +14,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    fuse::IoModeWish,
     origin::StoreUrl,
     reference::{PinnedReference, UserName},
     tree::Totals,
@@ -40,16 +40,6 @@ pub struct AgentInfo {
     pub last_error: Option<String>,
 }
 
-/// How much a mount fetches before anybody asks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Prefetch {
-    #[default]
-    Auto,
-    None,
-    All,
-}
-
 /// The caller's part of a mount: what concerns the caller (catalog, identity, credentials) travels
 /// with the request, what concerns the agent (cache, limits) does not.
 #[derive(Clone, Serialize, Deserialize)]
@@ -61,16 +51,7 @@ pub struct MountRequest {
     pub user: UserName,
     /// Object-store settings by their ecosystem names; secrets among them.
     pub store_settings: BTreeMap<String, String>,
-    pub io_mode: IoModeChoice,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum IoModeChoice {
-    #[default]
-    Auto,
-    Passthrough,
-    NoOpen,
+    pub io_mode: IoModeWish,
 }
 
 // A request carries credentials: no derived Debug.

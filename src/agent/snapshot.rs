@@ -4,13 +4,15 @@ use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::TryStreamExt;
 
-use super::control::MountRequest;
+use super::{control::MountRequest, sums::SumsPart};
 use crate::{
     cache::{Cache, CacheError, TreeHandle},
     catalog::{self, Catalog, CatalogError, OriginLocation, Record, TreePart},
+    fetch::{Fetcher, Source},
+    fs::{self, GridFs, Owner, fetched::{Fetched, Sources}},
     origin::{Deadlines, OriginError, Pin, Store, StoreSettings, StoreUrl},
     reference::{PinnedReference, Reference},
-    tree::{self, Tree, TreeError},
+    tree::{self, ObjectNo, Tree, TreeError},
 };
 
 /// No tree takes longer than this to arrive; each of its reads has a shorter deadline of its own.
@@ -71,7 +73,7 @@ pub struct Snapshot {
 impl Resolved {
     pub async fn new(reference: &Reference, request: &MountRequest) -> Result<Self, SnapshotError> {
         let settings: StoreSettings = request.store_settings.clone().into_iter().collect();
-        let catalog = catalog::open(&request.catalog, &settings)?;
+        let catalog = catalog::open(&request.catalog, &settings, &Deadlines::control())?;
         let record = catalog.resolve(reference, &request.user).await?;
         let url = match &record.origin {
             OriginLocation::Catalog => catalog.store().url().clone(),
@@ -81,8 +83,8 @@ impl Resolved {
         Ok(Self { record, catalog, catalog_url: request.catalog.clone(), origin })
     }
 
-    pub fn pinned(&self) -> PinnedReference {
-        self.record.pinned()
+    pub fn reference(&self) -> PinnedReference {
+        self.record.reference()
     }
 
     /// Where trees lie, and sums.
@@ -93,22 +95,20 @@ impl Resolved {
     /// Maps the tree; fetches it first if the cache has not got it.
     pub async fn fetch_tree(self, cache: &Arc<Cache>) -> Result<Snapshot, SnapshotError> {
         let part = &self.record.tree.rows;
-        if let Some(handle) = cache.tree(part.digest)? {
+        if let Some(handle) = cache.tree(&part.digest) {
             match Tree::open(handle.path()) {
-                Ok(tree) if handle.size() == part.size => {
-                    return Ok(Snapshot { resolved: self, tree: Arc::new(tree), handle });
-                }
+                Ok(tree) => return Ok(Snapshot { resolved: self, tree: Arc::new(tree), handle }),
                 // Damage in the cache costs a fetch, never an answer.
-                Ok(_) => tracing::warn!(path = %handle.path().display(), "a cached tree is short; fetching it anew"),
                 Err(error) => {
                     tracing::warn!(path = %handle.path().display(), %error, "a cached tree is damaged; fetching it anew");
+                    cache.discard_tree(handle);
                 }
             }
         }
         let fetched = tokio::time::timeout(TREE_DEADLINE, self.fetch_rows(cache, part))
             .await
             .map_err(|_| SnapshotError::Deadline)??;
-        let handle = cache.adopt_tree(part.digest, &fetched)?;
+        let handle = cache.adopt_tree(&part.digest, &fetched)?;
         let tree = Tree::open(handle.path()).map_err(|source| self.damaged(part, source))?;
         Ok(Snapshot { resolved: self, tree: Arc::new(tree), handle })
     }
@@ -126,7 +126,7 @@ impl Resolved {
             .await
             .map_err(failed)?;
         let (sender, receiver) = tokio::sync::mpsc::channel(CHUNKS_IN_FLIGHT);
-        let out = cache.tree_staging(part.digest)?;
+        let out = cache.tree_staging(&part.digest);
         let (size, digest, path) = (part.size, part.digest, out.clone());
         let unpacking = tokio::task::spawn_blocking(move || {
             tree::unpack(ChunkReader { receiver, chunk: bytes::Bytes::new() }, size, digest, &path)
@@ -165,6 +165,43 @@ impl Resolved {
 
     fn damaged(&self, part: &TreePart, source: TreeError) -> SnapshotError {
         SnapshotError::Tree { key: part.key.clone(), store: self.tree_store().url().clone(), source }
+    }
+}
+
+impl Snapshot {
+    /// The snapshot as a file system of `owner`'s.
+    pub fn file_system(&self, fetcher: &Arc<Fetcher>, owner: Owner) -> GridFs {
+        let resolved = &self.resolved;
+        let sums = resolved.record.tree.sums.as_ref().filter(|_| self.tree.has_sums()).map(|part| {
+            SumsPart::new(Arc::clone(&self.tree), resolved.tree_store().clone(), part.key.clone())
+        });
+        let sources = TreeSources { tree: Arc::clone(&self.tree), origin: resolved.origin.clone(), sums };
+        // Cached bytes are shared by whoever has this user's permissions: the user.
+        let domain = format!("uid {}", owner.uid);
+        let content = Arc::new(Fetched::new(Arc::clone(fetcher), sources, domain));
+        let reference = resolved.reference().to_string();
+        GridFs::new(fs::Snapshot { reference, tree: Arc::clone(&self.tree), content }, owner)
+    }
+}
+
+/// The tree's objects in the version's origin.
+struct TreeSources {
+    tree: Arc<Tree>,
+    origin: Store,
+    sums: Option<Arc<SumsPart>>,
+}
+
+impl Sources for TreeSources {
+    fn source(&self, number: ObjectNo) -> Result<Source, TreeError> {
+        let object = self.tree.object(number)?;
+        Ok(Source {
+            store: self.origin.clone(),
+            key: object.key,
+            pin: object.pin,
+            size: object.size,
+            digest: object.digest,
+            sums: self.sums.as_ref().map(|sums| sums.of(number)),
+        })
     }
 }
 

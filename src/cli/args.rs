@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::agent::control::IoModeChoice;
+use crate::fuse::IoModeWish;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -143,7 +143,7 @@ pub enum IoModeArg {
     NoOpen,
 }
 
-impl From<IoModeArg> for IoModeChoice {
+impl From<IoModeArg> for IoModeWish {
     fn from(arg: IoModeArg) -> Self {
         match arg {
             IoModeArg::Auto => Self::Auto,

@@ -13,13 +13,13 @@ use super::{
 use crate::{
     catalog::{self, Alias, Catalog, OriginLocation, Record},
     config::Settings,
-    origin::StoreUrl,
+    origin::{Deadlines, StoreUrl},
     reference::{Reference, UserName, VersionNumber},
 };
 
 pub fn open(settings: &Settings) -> Result<Arc<dyn Catalog>, CliError> {
     let store_settings = config::store_settings().into_iter().collect();
-    catalog::open(&settings.catalog.value, &store_settings).map_err(|error| match error {
+    catalog::open(&settings.catalog.value, &store_settings, &Deadlines::control()).map_err(|error| match error {
         error @ catalog::CatalogError::UnsupportedScheme { .. } => CliError::usage(error),
         error => CliError::failed(error),
     })
@@ -93,7 +93,7 @@ fn text(info: &Info) -> String {
     let aliases: Vec<String> =
         info.aliases.iter().map(|alias| format!("{} → {}", alias.alias, alias.version)).collect();
     let mut rows = vec![
-        ("reference", record.pinned().to_string()),
+        ("reference", record.reference().to_string()),
         ("size", format!("{} ({} bytes)", output::bytes(record.totals.bytes), record.totals.bytes)),
         (
             "holds",
@@ -126,6 +126,6 @@ pub async fn alias(args: AliasArgs) -> Result<(), CliError> {
     let record = catalog.resolve(&reference, &settings.user.value).await.map_err(CliError::failed)?;
     let alias = Alias { alias, version: record.version };
     catalog.set_alias(&record.name(), &alias).await.map_err(CliError::failed)?;
-    output::print(&format!("{}/{} is {}\n", record.name(), alias.alias, record.pinned()));
+    output::print(&format!("{}/{} is {}\n", record.name(), alias.alias, record.reference()));
     Ok(())
 }

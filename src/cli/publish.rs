@@ -84,7 +84,7 @@ async fn finish(
     };
     shown.finish();
     let published = published.map_err(CliError::failed)?;
-    let reference = published.record.pinned().to_string();
+    let reference = published.record.reference().to_string();
     if output.json {
         output::print_json(&Outcome { reference, record: &published.record, report: &published.report });
         return Ok(());

@@ -78,7 +78,10 @@ impl TreeBuilder {
     /// A builder that sorts within about `memory_limit` bytes.
     pub fn new(scratch: &Path, memory_limit: usize) -> Result<Self, TreeError> {
         let dir = tempfile::Builder::new().prefix("tree-").tempdir_in(scratch);
-        let dir = dir.map_err(|source| TreeError::Io { path: scratch.to_owned(), source })?;
+        let dir = dir.map_err(|source| TreeError::Io {
+            path: scratch.to_owned(),
+            source,
+        })?;
         let for_implied = memory_limit / 8;
         Ok(Self {
             sorter: Sorter::new(dir.path(), memory_limit - for_implied),
@@ -137,7 +140,11 @@ impl TreeBuilder {
             }
         }
         attributes.has_digest = digest.is_some().into();
-        self.add(path, attributes, digest.as_ref().map_or(&[], |digest| digest.as_bytes()))
+        self.add(
+            path,
+            attributes,
+            digest.as_ref().map_or(&[], |digest| digest.as_bytes()),
+        )
     }
 
     /// Adds a symlink; its target is kept as it is.
@@ -151,7 +158,10 @@ impl TreeBuilder {
         check_not_root(path)?;
         check_attributes(path, mode, modified)?;
         if target.is_empty() || target.len() > format::MAX_TARGET || target.contains(&0) {
-            return Err(bad_entry(path, "its target is empty, longer than 4095 bytes, or holds a NUL"));
+            return Err(bad_entry(
+                path,
+                "its target is empty, longer than 4095 bytes, or holds a NUL",
+            ));
         }
         self.add(path, Attributes::new(node::SYMLINK, mode, modified), target)
     }
@@ -185,7 +195,8 @@ impl TreeBuilder {
     fn imply(&mut self) -> Result<(), TreeError> {
         let mut newest = std::mem::take(&mut self.implied.newest);
         self.implied.bytes = 0;
-        let given: Vec<(Vec<u8>, Timestamp)> = newest.iter().map(|(path, time)| (path.clone(), *time)).collect();
+        let given: Vec<(Vec<u8>, Timestamp)> =
+            newest.iter().map(|(path, time)| (path.clone(), *time)).collect();
         for (path, time) in given {
             let mut below = path.as_slice();
             while let Some(ancestor) = node::parent(below) {
@@ -227,10 +238,19 @@ impl TreeBuilder {
         let totals = rows.totals;
         let part = compose_rows(&mut rows, &mut objects, out_dir.join("rows.zst"))?;
         let sums = match objects.has_sums {
-            Some(true) => Some(part::part_as_is(objects.sums, &objects.sums_hasher, &out_dir.join("sums"))?),
+            Some(true) => Some(part::part_as_is(
+                objects.sums,
+                &objects.sums_hasher,
+                &out_dir.join("sums"),
+            )?),
             _ => None,
         };
-        Ok(BuiltTree { rows: part, digests, sums, totals })
+        Ok(BuiltTree {
+            rows: part,
+            digests,
+            sums,
+            totals,
+        })
     }
 }
 
@@ -251,7 +271,12 @@ impl Implied {
 }
 
 fn check_path(path: &[u8]) -> Result<(), TreeError> {
-    let bad = |why| Err(TreeError::BadPath { path: node::display(path), why });
+    let bad = |why| {
+        Err(TreeError::BadPath {
+            path: node::display(path),
+            why,
+        })
+    };
     if path.is_empty() {
         return Ok(());
     }
@@ -266,7 +291,10 @@ fn check_path(path: &[u8]) -> Result<(), TreeError> {
 
 fn check_not_root(path: &[u8]) -> Result<(), TreeError> {
     if path.is_empty() {
-        return Err(TreeError::BadPath { path: String::new(), why: "the root can only be a directory" });
+        return Err(TreeError::BadPath {
+            path: String::new(),
+            why: "the root can only be a directory",
+        });
     }
     check_path(path)
 }
@@ -282,7 +310,10 @@ fn check_attributes(path: &[u8], mode: u16, modified: Timestamp) -> Result<(), T
 }
 
 fn bad_entry(path: &[u8], why: &'static str) -> TreeError {
-    TreeError::BadEntry { path: node::display(path), why }
+    TreeError::BadEntry {
+        path: node::display(path),
+        why,
+    }
 }
 
 fn compose_digests(rows: &mut Rows, out: PathBuf) -> Result<BuiltPart, TreeError> {
@@ -326,7 +357,12 @@ fn compose_rows(rows: &mut Rows, objects: &mut ObjectTable, out: PathBuf) -> Res
         .map(|(id, len)| {
             let offset = end.next_multiple_of(format::SECTION_ALIGN);
             end = offset + len;
-            Section { id: (*id).into(), reserved: 0.into(), offset: offset.into(), len: (*len).into() }
+            Section {
+                id: (*id).into(),
+                reserved: 0.into(),
+                offset: offset.into(),
+                len: (*len).into(),
+            }
         })
         .collect();
     let totals = rows.totals;
@@ -381,7 +417,8 @@ fn write_rows(part: &mut PartWriter, rows: &mut Rows) -> Result<(), TreeError> {
         if row.mode.get() & format::TYPE_MASK == format::TYPE_DIRECTORY {
             all_children.read_exact(children.as_mut_bytes())?;
             row.link = children.first;
-            row.size = (u64::from(children.subdirectories.get()) << 32 | u64::from(children.count.get())).into();
+            row.size =
+                (u64::from(children.subdirectories.get()) << 32 | u64::from(children.count.get())).into();
         }
         chunk.extend_from_slice(row.as_bytes());
         if chunk.len() == chunk.capacity() {
@@ -391,3 +428,6 @@ fn write_rows(part: &mut PartWriter, rows: &mut Rows) -> Result<(), TreeError> {
     }
     part.write(&chunk)
 }
+
+#[cfg(test)]
+mod tests;

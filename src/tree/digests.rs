@@ -28,16 +28,23 @@ impl Digests {
 
     fn new(part: Backing) -> Result<Self, TreeError> {
         let bytes = part.bytes();
-        let (header, digests) = DigestsHeader::ref_from_prefix(bytes)
-            .map_err(|_| TreeError::Header { what: "too short for a header of digests" })?;
+        let (header, digests) = DigestsHeader::ref_from_prefix(bytes).map_err(|_| TreeError::Header {
+            what: "too short for a header of digests",
+        })?;
         if header.magic != DIGESTS_MAGIC {
-            return Err(TreeError::Header { what: "it does not start with GRIDDGST" });
+            return Err(TreeError::Header {
+                what: "it does not start with GRIDDGST",
+            });
         }
         if header.version.get() != FORMAT_VERSION {
-            return Err(TreeError::UnknownFormat { version: header.version.get() });
+            return Err(TreeError::UnknownFormat {
+                version: header.version.get(),
+            });
         }
         if header.count.get().checked_mul(DIGEST_LEN as u64) != Some(digests.len() as u64) {
-            return Err(TreeError::Header { what: "it holds more or fewer digests than its header says" });
+            return Err(TreeError::Header {
+                what: "it holds more or fewer digests than its header says",
+            });
         }
         Ok(Self { part })
     }
@@ -53,13 +60,23 @@ impl Digests {
         }
         let ordinal = tree.file_ordinal(row)?;
         if self.count() != tree.totals().files {
-            return Err(TreeError::Header { what: "these digests belong to another tree" });
+            return Err(TreeError::Header {
+                what: "these digests belong to another tree",
+            });
         }
-        let digest = self.digests().get(ordinal as usize).ok_or(TreeError::Row { row, what: "its digest is missing" })?;
+        let digest = self.digests().get(ordinal as usize).ok_or(TreeError::Row {
+            row,
+            what: "its digest is missing",
+        })?;
         Ok(Some(Digest::from_bytes(*digest)))
     }
 
     fn digests(&self) -> &[[u8; DIGEST_LEN]] {
-        self.part.bytes().get(DIGESTS_HEADER_LEN..).unwrap_or_default().as_chunks().0
+        self.part
+            .bytes()
+            .get(DIGESTS_HEADER_LEN..)
+            .unwrap_or_default()
+            .as_chunks()
+            .0
     }
 }

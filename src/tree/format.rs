@@ -11,7 +11,7 @@ use zerocopy::{
     little_endian::{I64, U16, U32, U64},
 };
 
-use super::{TreeError, Totals};
+use super::{Totals, TreeError};
 use crate::block::BLOCK_SIZE;
 
 pub(super) const MAGIC: [u8; 8] = *b"GRIDTREE";
@@ -180,11 +180,15 @@ impl Layout {
             return Err(damaged("it does not start with GRIDTREE"));
         }
         if header.version.get() != FORMAT_VERSION {
-            return Err(TreeError::UnknownFormat { version: header.version.get() });
+            return Err(TreeError::UnknownFormat {
+                version: header.version.get(),
+            });
         }
         let flags = header.flags.get();
         if flags & !KNOWN_FLAGS != 0 {
-            return Err(TreeError::UnknownFeature { flags: flags & !KNOWN_FLAGS });
+            return Err(TreeError::UnknownFeature {
+                flags: flags & !KNOWN_FLAGS,
+            });
         }
         if header.total_len.get() != part.len() as u64 {
             return Err(damaged("it is longer or shorter than its header says"));
@@ -192,13 +196,17 @@ impl Layout {
         if header.row_len.get() as usize != ROW_LEN || header.object_len.get() as usize != OBJECT_LEN {
             return Err(damaged("its rows have another length"));
         }
-        if u64::from(header.block_size.get()) != BLOCK_SIZE || u64::from(header.sums_per_frame.get()) != SUMS_PER_FRAME
+        if u64::from(header.block_size.get()) != BLOCK_SIZE
+            || u64::from(header.sums_per_frame.get()) != SUMS_PER_FRAME
         {
             return Err(damaged("its blocks or frames have another size"));
         }
         let count = header.section_count.get();
         let header_len = header.header_len.get() as usize;
-        if count > MAX_SECTIONS || header_len < HEADER_LEN + count as usize * SECTION_LEN || header_len > part.len() {
+        if count > MAX_SECTIONS
+            || header_len < HEADER_LEN + count as usize * SECTION_LEN
+            || header_len > part.len()
+        {
             return Err(damaged("its section table does not fit"));
         }
         let (table, _) = <[Section]>::ref_from_prefix_with_elems(rest, count as usize)
@@ -242,12 +250,26 @@ impl Layout {
             ranks: need(FILE_RANKS)?,
             objects: need(OBJECTS)?,
             keys: need(KEYS)?,
-            object_digests: if object_digests { need(OBJECT_DIGESTS)? } else { 0..0 },
+            object_digests: if object_digests {
+                need(OBJECT_DIGESTS)?
+            } else {
+                0..0
+            },
             sum_frames: if has_sums { need(SUM_FRAMES)? } else { 0..0 },
         };
-        let is = |range: &Range<usize>, count: u64, len: usize| count.checked_mul(len as u64) == Some(range.len() as u64);
-        let digests = if object_digests { u64::from(object_count) } else { 0 };
-        let frames = if has_sums { sum_count.div_ceil(SUMS_PER_FRAME) } else { 0 };
+        let is = |range: &Range<usize>, count: u64, len: usize| {
+            count.checked_mul(len as u64) == Some(range.len() as u64)
+        };
+        let digests = if object_digests {
+            u64::from(object_count)
+        } else {
+            0
+        };
+        let frames = if has_sums {
+            sum_count.div_ceil(SUMS_PER_FRAME)
+        } else {
+            0
+        };
         if !(is(&layout.rows, row_count.into(), ROW_LEN)
             && is(&layout.ranks, row_count.div_ceil(ROWS_PER_RANK).into(), 4)
             && is(&layout.objects, object_count.into(), OBJECT_LEN)
@@ -260,7 +282,10 @@ impl Layout {
             return Err(damaged("it counts sums that it does not have"));
         }
         let totals = &layout.totals;
-        let rows = totals.files.checked_add(totals.directories).and_then(|sum| sum.checked_add(totals.symlinks));
+        let rows = totals
+            .files
+            .checked_add(totals.directories)
+            .and_then(|sum| sum.checked_add(totals.symlinks));
         if row_count == 0 || rows != Some(row_count.into()) {
             return Err(damaged("its totals do not add up to its rows"));
         }

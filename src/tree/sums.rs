@@ -34,7 +34,10 @@ impl SumFrame {
     pub fn sums(&self, bytes: &[u8]) -> Result<Vec<BlockSum>, TreeError> {
         let actual = Digest::of(bytes);
         if actual != self.digest {
-            return Err(TreeError::WrongDigest { expected: self.digest, actual });
+            return Err(TreeError::WrongDigest {
+                expected: self.digest,
+                actual,
+            });
         }
         self.pick(bytes)
     }
@@ -43,7 +46,10 @@ impl SumFrame {
     pub fn pick(&self, bytes: &[u8]) -> Result<Vec<BlockSum>, TreeError> {
         let (sums, _) = bytes.as_chunks::<{ BlockSum::LEN }>();
         let count = usize::try_from(self.blocks.end.saturating_sub(self.blocks.start)).unwrap_or(usize::MAX);
-        let picked = sums.get(self.first..).and_then(|sums| sums.get(..count)).ok_or(TreeError::ShortFrame)?;
+        let picked = sums
+            .get(self.first..)
+            .and_then(|sums| sums.get(..count))
+            .ok_or(TreeError::ShortFrame)?;
         Ok(picked.iter().map(|sum| BlockSum::from_bytes(*sum)).collect())
     }
 }
@@ -68,9 +74,15 @@ impl Tree {
         if !layout.has_sums {
             return Ok(Vec::new());
         }
-        let bad = TreeError::Object { object, what: "its sums lie beyond the end" };
+        let bad = TreeError::Object {
+            object,
+            what: "its sums lie beyond the end",
+        };
         let first_sum = row.first_sum.get();
-        if first_sum.checked_add(object_blocks).is_none_or(|end| end > layout.sum_count) {
+        if first_sum
+            .checked_add(object_blocks)
+            .is_none_or(|end| end > layout.sum_count)
+        {
             return Err(bad);
         }
         let (start, end) = (blocks.start.min(object_blocks), blocks.end.min(object_blocks));
@@ -97,8 +109,15 @@ impl Tree {
     fn frame_digest(&self, number: u64) -> Result<Digest, TreeError> {
         usize::try_from(number)
             .ok()
-            .and_then(|number| self.section(&self.layout().sum_frames).as_chunks::<DIGEST_LEN>().0.get(number))
+            .and_then(|number| {
+                self.section(&self.layout().sum_frames)
+                    .as_chunks::<DIGEST_LEN>()
+                    .0
+                    .get(number)
+            })
             .map(|digest| Digest::from_bytes(*digest))
-            .ok_or(TreeError::Header { what: "a frame's digest is missing" })
+            .ok_or(TreeError::Header {
+                what: "a frame's digest is missing",
+            })
     }
 }

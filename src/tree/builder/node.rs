@@ -96,7 +96,10 @@ impl Attributes {
     }
 
     pub fn modified(&self) -> Timestamp {
-        Timestamp { seconds: self.seconds.get(), nanos: self.nanos.get() }
+        Timestamp {
+            seconds: self.seconds.get(),
+            nanos: self.nanos.get(),
+        }
     }
 }
 
@@ -147,7 +150,10 @@ impl Node {
     }
 
     fn conflict(&self, what: &'static str) -> TreeError {
-        TreeError::Conflict { path: display_key(&self.key), what }
+        TreeError::Conflict {
+            path: display_key(&self.key),
+            what,
+        }
     }
 }
 

@@ -50,10 +50,16 @@ impl ObjectTable {
     }
 
     pub fn add(&mut self, object: &Object, sums: Option<&[BlockSum]>) -> Result<ObjectNo, TreeError> {
-        let bad = |why| TreeError::BadObject { key: object.key.clone(), why };
+        let bad = |why| TreeError::BadObject {
+            key: object.key.clone(),
+            why,
+        };
         let number = self.sizes.len() as u32;
         if number == format::NO_OBJECT {
-            return Err(TreeError::TooMany { what: "objects", limit: format::NO_OBJECT.into() });
+            return Err(TreeError::TooMany {
+                what: "objects",
+                limit: format::NO_OBJECT.into(),
+            });
         }
         let blocks = block_count(object.size);
         if sums.is_some_and(|sums| sums.len() as u64 != blocks) {
@@ -77,7 +83,11 @@ impl ObjectTable {
             pin_kind,
             has_digest: object.digest.is_some().into(),
             size: object.size.into(),
-            first_sum: if sums.is_some() { self.sum_count.into() } else { 0.into() },
+            first_sum: if sums.is_some() {
+                self.sum_count.into()
+            } else {
+                0.into()
+            },
         };
         self.rows.write(row.as_bytes())?;
         self.keys.write(object.key.as_bytes())?;

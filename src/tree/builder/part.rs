@@ -44,14 +44,26 @@ impl PartWriter {
             encoder.set_pledged_src_size(Some(size))?;
             Ok(encoder)
         };
-        let encoder = start().map_err(|source| TreeError::Io { path: path.clone(), source })?;
-        Ok(Self { path, encoder, hasher: blake3::Hasher::new(), size: 0, announced: size })
+        let encoder = start().map_err(|source| TreeError::Io {
+            path: path.clone(),
+            source,
+        })?;
+        Ok(Self {
+            path,
+            encoder,
+            hasher: blake3::Hasher::new(),
+            size: 0,
+            announced: size,
+        })
     }
 
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), TreeError> {
         self.hasher.update(bytes);
         self.size += bytes.len() as u64;
-        self.encoder.write_all(bytes).map_err(|source| TreeError::Io { path: self.path.clone(), source })
+        self.encoder.write_all(bytes).map_err(|source| TreeError::Io {
+            path: self.path.clone(),
+            source,
+        })
     }
 
     /// Zeros up to `offset`.
@@ -81,21 +93,41 @@ impl PartWriter {
 
     pub fn finish(self) -> Result<BuiltPart, TreeError> {
         debug_assert_eq!(self.size, self.announced);
-        let io = |source| TreeError::Io { path: self.path.clone(), source };
+        let io = |source| TreeError::Io {
+            path: self.path.clone(),
+            source,
+        };
         let mut file = self.encoder.finish().map_err(io)?;
         file.flush().map_err(io)?;
         let wire_size = file.get_ref().metadata().map_err(io)?.len();
-        Ok(BuiltPart { digest: self.hasher.finalize().into(), size: self.size, wire_size, path: self.path })
+        Ok(BuiltPart {
+            digest: self.hasher.finalize().into(),
+            size: self.size,
+            wire_size,
+            path: self.path,
+        })
     }
 }
 
 /// Moves a file that needs no rewriting to its place as a part.
-pub(super) fn part_as_is(mut scratch: Scratch, hasher: &blake3::Hasher, out: &Path) -> Result<BuiltPart, TreeError> {
+pub(super) fn part_as_is(
+    mut scratch: Scratch,
+    hasher: &blake3::Hasher,
+    out: &Path,
+) -> Result<BuiltPart, TreeError> {
     scratch.flush()?;
-    let io = |source| TreeError::Io { path: out.to_owned(), source };
+    let io = |source| TreeError::Io {
+        path: out.to_owned(),
+        source,
+    };
     if std::fs::rename(scratch.path(), out).is_err() {
         // The scratch directory may lie on another file system.
         std::fs::copy(scratch.path(), out).map_err(io)?;
     }
-    Ok(BuiltPart { path: out.to_owned(), digest: hasher.finalize().into(), size: scratch.len(), wire_size: scratch.len() })
+    Ok(BuiltPart {
+        path: out.to_owned(),
+        digest: hasher.finalize().into(),
+        size: scratch.len(),
+        wire_size: scratch.len(),
+    })
 }

@@ -108,7 +108,10 @@ impl Rows {
         };
         let row = self.row_count;
         if row == u32::MAX {
-            return Err(TreeError::TooMany { what: "entries", limit: u32::MAX.into() });
+            return Err(TreeError::TooMany {
+                what: "entries",
+                limit: u32::MAX.into(),
+            });
         }
         let path = node::key_path(&node.key);
         let (parent_path, name) = node::split(path);
@@ -128,7 +131,11 @@ impl Rows {
         if row.is_multiple_of(format::ROWS_PER_RANK) {
             self.ranks.write(&(self.totals.files as u32).to_le_bytes())?;
         }
-        let target = if attributes.kind == node::SYMLINK { node.tail.as_slice() } else { &[] };
+        let target = if attributes.kind == node::SYMLINK {
+            node.tail.as_slice()
+        } else {
+            &[]
+        };
         let (file_type, link, offset) = match attributes.kind {
             node::FILE => (format::TYPE_FILE, attributes.object, attributes.offset),
             node::SYMLINK => (format::TYPE_SYMLINK, (target.len() as u32).into(), 0.into()),
@@ -162,10 +169,16 @@ impl Rows {
     }
 
     fn count_file(&mut self, node: &Node, attributes: &Attributes) -> Result<(), TreeError> {
-        let bad = |why| TreeError::BadEntry { path: node::display_key(&node.key), why };
+        let bad = |why| TreeError::BadEntry {
+            path: node::display_key(&node.key),
+            why,
+        };
         self.totals.files += 1;
         let bytes = self.totals.bytes.checked_add(attributes.size.get());
-        self.totals.bytes = bytes.ok_or(TreeError::TooMany { what: "bytes", limit: u64::MAX })?;
+        self.totals.bytes = bytes.ok_or(TreeError::TooMany {
+            what: "bytes",
+            limit: u64::MAX,
+        })?;
         let has_digest = attributes.has_digest == 1;
         if attributes.size != 0 && *self.has_digests.get_or_insert(has_digest) != has_digest {
             return Err(bad("either every file of a tree has a digest, or none"));

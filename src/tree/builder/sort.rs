@@ -30,10 +30,13 @@ pub(super) struct Sorter {
     runs_made: u64,
 }
 
-/// A record: key length (u16), tail length (u16), key, tail.
+/// A record's key and tail.
+type Record<'record> = (&'record [u8], &'record [u8]);
+
+/// In the arena and in runs: key length (u16), tail length (u16), key, tail.
 const LENGTHS: usize = 4;
 
-fn parts(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
+fn parts(bytes: &[u8]) -> Option<Record<'_>> {
     let (lengths, rest) = bytes.split_first_chunk::<LENGTHS>()?;
     let [k0, k1, t0, t1] = *lengths;
     let (key, rest) = rest.split_at_checked(u16::from_le_bytes([k0, k1]).into())?;
@@ -41,7 +44,7 @@ fn parts(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
 }
 
 /// The record at `start` of an arena that `push` filled: never `None` there.
-fn record_at(arena: &[u8], start: u32) -> (&[u8], &[u8]) {
+fn record_at(arena: &[u8], start: u32) -> Record<'_> {
     arena.get(start as usize..).and_then(parts).unwrap_or_default()
 }
 
@@ -61,7 +64,10 @@ impl Sorter {
     /// has checked.
     pub fn push(&mut self, key: &[u8], tail: &[&[u8]]) -> Result<(), TreeError> {
         let tail_len: usize = tail.iter().map(|part| part.len()).sum();
-        let too_long = || TreeError::TooMany { what: "bytes in one path or target", limit: u16::MAX.into() };
+        let too_long = || TreeError::TooMany {
+            what: "bytes in one path or target",
+            limit: u16::MAX.into(),
+        };
         let key_len = u16::try_from(key.len()).map_err(|_| too_long())?;
         let tail_len = u16::try_from(tail_len).map_err(|_| too_long())?;
         let len = LENGTHS + key.len() + usize::from(tail_len);
@@ -88,20 +94,30 @@ impl Sorter {
     fn sort(&mut self) {
         let arena = &self.arena;
         // Stable, because it recognises input that is in order, as a walk's or a listing's nearly is.
-        self.index.sort_by(|a, b| record_at(arena, *a).0.cmp(record_at(arena, *b).0));
+        self.index
+            .sort_by(|a, b| record_at(arena, *a).0.cmp(record_at(arena, *b).0));
     }
 
     fn new_run(&mut self) -> Result<(PathBuf, BufWriter<File>), TreeError> {
         let path = self.dir.join(format!("run-{}", self.runs_made));
         self.runs_made += 1;
-        let file = File::create_new(&path).map_err(|source| TreeError::Io { path: path.clone(), source })?;
-        Ok((path, BufWriter::with_capacity(buffer_size(self.memory_limit), file)))
+        let file = File::create_new(&path).map_err(|source| TreeError::Io {
+            path: path.clone(),
+            source,
+        })?;
+        Ok((
+            path,
+            BufWriter::with_capacity(buffer_size(self.memory_limit), file),
+        ))
     }
 
     fn spill(&mut self) -> Result<(), TreeError> {
         self.sort();
         let (path, mut run) = self.new_run()?;
-        let io = |source| TreeError::Io { path: path.clone(), source };
+        let io = |source| TreeError::Io {
+            path: path.clone(),
+            source,
+        };
         for start in &self.index {
             let (key, tail) = record_at(&self.arena, *start);
             write_record(&mut run, key, tail).map_err(io)?;
@@ -117,7 +133,10 @@ impl Sorter {
     pub fn finish(mut self) -> Result<Sorted, TreeError> {
         if self.runs.is_empty() {
             self.sort();
-            return Ok(Sorted::Memory { arena: self.arena, index: self.index.into_iter() });
+            return Ok(Sorted::Memory {
+                arena: self.arena,
+                index: self.index.into_iter(),
+            });
         }
         if !self.index.is_empty() {
             self.spill()?;
@@ -130,7 +149,10 @@ impl Sorter {
             let batch: Vec<PathBuf> = self.runs.drain(..fan_in).collect();
             let mut merge = Merge::open(batch, buffer)?;
             let (path, mut run) = self.new_run()?;
-            let io = |source| TreeError::Io { path: path.clone(), source };
+            let io = |source| TreeError::Io {
+                path: path.clone(),
+                source,
+            };
             while let Some((key, tail)) = merge.next()? {
                 write_record(&mut run, key, tail).map_err(io)?;
             }
@@ -154,13 +176,16 @@ fn write_record(run: &mut impl Write, key: &[u8], tail: &[u8]) -> io::Result<()>
 }
 
 pub(super) enum Sorted {
-    Memory { arena: Vec<u8>, index: std::vec::IntoIter<u32> },
+    Memory {
+        arena: Vec<u8>,
+        index: std::vec::IntoIter<u32>,
+    },
     Merge(Merge),
 }
 
 impl Sorted {
     /// The next record's key and tail.
-    pub fn next(&mut self) -> Result<Option<(&[u8], &[u8])>, TreeError> {
+    pub fn next(&mut self) -> Result<Option<Record<'_>>, TreeError> {
         match self {
             Self::Memory { arena, index } => Ok(index.next().map(|start| record_at(arena, start))),
             Self::Merge(merge) => merge.next(),
@@ -182,7 +207,10 @@ impl Run {
 
     /// Reads the next record; `false` at the end of the run.
     fn advance(&mut self) -> Result<bool, TreeError> {
-        self.try_advance().map_err(|source| TreeError::Io { path: self.path.clone(), source })
+        self.try_advance().map_err(|source| TreeError::Io {
+            path: self.path.clone(),
+            source,
+        })
     }
 
     fn try_advance(&mut self) -> io::Result<bool> {
@@ -202,7 +230,8 @@ impl Run {
         self.record.clear();
         self.record.extend_from_slice(&lengths);
         self.record.resize(LENGTHS + len, 0);
-        self.file.read_exact(self.record.get_mut(LENGTHS..).unwrap_or_default())?;
+        self.file
+            .read_exact(self.record.get_mut(LENGTHS..).unwrap_or_default())?;
         Ok(true)
     }
 }
@@ -226,8 +255,15 @@ impl Merge {
     fn open(runs: Vec<PathBuf>, buffer: usize) -> Result<Self, TreeError> {
         let mut heap = Vec::with_capacity(runs.len());
         for path in runs {
-            let file = File::open(&path).map_err(|source| TreeError::Io { path: path.clone(), source })?;
-            let mut run = Run { path, file: BufReader::with_capacity(buffer, file), record: Vec::new() };
+            let file = File::open(&path).map_err(|source| TreeError::Io {
+                path: path.clone(),
+                source,
+            })?;
+            let mut run = Run {
+                path,
+                file: BufReader::with_capacity(buffer, file),
+                record: Vec::new(),
+            };
             if run.advance()? {
                 heap.push(run);
             }
@@ -237,7 +273,7 @@ impl Merge {
         Ok(Self { heap, given: false })
     }
 
-    fn next(&mut self) -> Result<Option<(&[u8], &[u8])>, TreeError> {
+    fn next(&mut self) -> Result<Option<Record<'_>>, TreeError> {
         if self.given {
             if let Some(top) = self.heap.first_mut()
                 && !top.advance()?

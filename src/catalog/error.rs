@@ -1,0 +1,182 @@
+//! What can go wrong with a catalog, in words a person can act on.
+
+use std::fmt;
+
+use crate::{
+    origin::{OriginError, StoreUrl},
+    reference::{AliasName, PinnedReference, QualifiedName, UserName, VersionNumber},
+};
+
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CatalogError {
+    #[error("no user {user} in this catalog{}", or_list(.did_you_mean, "`grid-mount list --global` shows who publishes here"))]
+    NoSuchUser {
+        user: UserName,
+        did_you_mean: Option<UserName>,
+    },
+    #[error("no datastore {name}{}", or_list(.did_you_mean, &format!("`grid-mount list {}` shows what there is", .name.owner)))]
+    NoSuchDatastore {
+        name: QualifiedName,
+        did_you_mean: Option<QualifiedName>,
+    },
+    #[error("no version {}: {} has {existing}", .reference, .reference.name)]
+    NoSuchVersion {
+        reference: PinnedReference,
+        existing: Existing,
+    },
+    #[error("{name} has no alias {alias}{}", or_list(.did_you_mean, &format!("`grid-mount info {name}` shows its versions and aliases")))]
+    NoSuchAlias {
+        name: QualifiedName,
+        alias: AliasName,
+        /// An alias, or the number of a version that `v3` stands for.
+        did_you_mean: Option<String>,
+    },
+    #[error(
+        "{name} has no available version: nothing was published, or publishing did not finish; publish it (again)"
+    )]
+    NoVersion { name: QualifiedName },
+    /// What the store holds under a key is not what was written there.
+    #[error("{key} in {store} is damaged: {damage}; {}", .damage.remedy())]
+    Damaged {
+        store: String,
+        key: String,
+        #[source]
+        damage: Damage,
+    },
+    #[error(
+        "{store} overwrites objects although it is asked not to (If-None-Match: *), so two publishers could get the \
+         same version: nothing was published; use a store that honours conditional puts, or a file:// catalog"
+    )]
+    StoreOverwrites { store: String },
+    #[error("{tries} other publishers took the next version of {name} first; publish again")]
+    Contended { name: QualifiedName, tries: usize },
+    /// The store did not answer, and whether it wrote the record could not be found out.
+    #[error(
+        "whether {reference} was published is not known: the store stopped answering; when it does again, \
+         `grid-mount info {reference}` tells"
+    )]
+    Unsettled {
+        reference: PinnedReference,
+        source: Option<OriginError>,
+    },
+    #[error("{name} has used up its version numbers")]
+    VersionsExhausted { name: QualifiedName },
+    #[error("the message is too long: {bytes} bytes, at most {limit}")]
+    MessageTooLong { bytes: usize, limit: usize },
+    #[error(
+        "{url} cannot be a catalog: catalogs are stores so far, at file://, s3://, gs:// or az://"
+    )]
+    UnsupportedScheme { url: StoreUrl },
+    #[error("{doing} failed")]
+    Origin {
+        doing: &'static str,
+        source: OriginError,
+    },
+}
+
+/// How a stored object differs from what was written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Damage {
+    #[error("it is not framed as grid-mount writes it")]
+    Frame,
+    #[error("its bytes do not have the digest written beside them")]
+    Digest,
+    #[error("it has format {found}, this grid-mount knows format {known}")]
+    Format { found: u64, known: u32 },
+    #[error("its fields are not those of format {known}")]
+    Fields {
+        known: u32,
+        source: serde_json::Error,
+    },
+    #[error("it belongs to {found}")]
+    Elsewhere { found: String },
+    #[error("it points outside the catalog (at {key:?})")]
+    Outside { key: String },
+    #[error("it has more than {limit} bytes")]
+    Size { limit: u64 },
+}
+
+impl Damage {
+    fn remedy(&self) -> &'static str {
+        match self {
+            Self::Format { .. } => "update grid-mount",
+            _ => "restore it from a backup or use another version",
+        }
+    }
+}
+
+/// The versions there are, ascending; prints as `versions 1-7, 9`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Existing(pub Vec<VersionNumber>);
+
+impl fmt::Display for Existing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        /// More runs than this fill no screen with numbers: only the last are shown.
+        const SHOWN: usize = 8;
+
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for version in self.0.iter().map(|version| version.get()) {
+            match runs.last_mut() {
+                Some((_, last)) if last.checked_add(1) == Some(version) => *last = version,
+                _ => runs.push((version, version)),
+            }
+        }
+        match self.0.len() {
+            0 => return f.write_str("no versions"),
+            1 => f.write_str("version ")?,
+            _ => f.write_str("versions ")?,
+        }
+        let left_out = runs.len().saturating_sub(SHOWN);
+        if left_out > 0 {
+            f.write_str("…, ")?;
+        }
+        for (i, (first, last)) in runs.iter().skip(left_out).enumerate() {
+            let comma = if i == 0 { "" } else { ", " };
+            match last - first {
+                0 => write!(f, "{comma}{first}")?,
+                1 => write!(f, "{comma}{first}, {last}")?,
+                _ => write!(f, "{comma}{first}-{last}")?,
+            }
+        }
+        Ok(())
+    }
+}
+
+fn or_list(did_you_mean: &Option<impl fmt::Display>, otherwise: &str) -> String {
+    match did_you_mean {
+        Some(near) => format!("; did you mean {near}?"),
+        None => format!("; {otherwise}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn existing_versions_are_shown_as_runs() {
+        let shown = |numbers: &[u64]| {
+            Existing(
+                numbers
+                    .iter()
+                    .filter_map(|&n| VersionNumber::new(n))
+                    .collect(),
+            )
+            .to_string()
+        };
+        assert_eq!(shown(&[]), "no versions");
+        assert_eq!(shown(&[4]), "version 4");
+        assert_eq!(shown(&[1, 2, 3, 5, 6, 9]), "versions 1-3, 5, 6, 9");
+        assert_eq!(
+            shown(&[u64::MAX - 1, u64::MAX]),
+            format!("versions {}, {}", u64::MAX - 1, u64::MAX)
+        );
+        let odd: Vec<u64> = (0..1000).map(|n| n * 2 + 1).collect();
+        assert_eq!(
+            shown(&odd),
+            "versions …, 1985, 1987, 1989, 1991, 1993, 1995, 1997, 1999"
+        );
+    }
+}
