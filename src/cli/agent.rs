@@ -126,8 +126,7 @@ async fn serve(
 }
 
 fn own_socket(args: &SocketArgs) -> Result<PathBuf, CliError> {
-    let named = args.socket.clone().or_else(|| std::env::var_os("GRID_MOUNT_SOCKET").map(PathBuf::from));
-    match named.filter(|_| !args.own_agent) {
+    match mount::named_socket(args) {
         Some(socket) => Ok(socket),
         None => Ok(mount::runtime_dir()?.socket()),
     }

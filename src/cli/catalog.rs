@@ -12,12 +12,32 @@ use super::{
 };
 use crate::{
     catalog::{self, Alias, Catalog, OriginLocation, Record},
-    config::Settings,
-    origin::{Deadlines, StoreUrl},
+    config::{Settings, Source},
+    origin::{Deadlines, StoreKind, StoreUrl},
     reference::{Reference, UserName, VersionNumber},
 };
 
+/// The catalog in force. The embedded one is there from the start: nobody has to make it.
 pub fn open(settings: &Settings) -> Result<Arc<dyn Catalog>, CliError> {
+    if settings.catalog.source == Source::Default {
+        make_directory(&settings.catalog.value)?;
+    }
+    connect(settings)
+}
+
+/// As [`open`], for publishing: a directory that is named as catalog for the first time is made.
+pub fn open_to_publish(settings: &Settings) -> Result<Arc<dyn Catalog>, CliError> {
+    make_directory(&settings.catalog.value)?;
+    connect(settings)
+}
+
+fn make_directory(catalog: &StoreUrl) -> Result<(), CliError> {
+    let StoreKind::File(dir) = catalog.kind() else { return Ok(()) };
+    std::fs::create_dir_all(&dir)
+        .map_err(|error| CliError::Failed(format!("the catalog {catalog} cannot be made: {error}").into()))
+}
+
+fn connect(settings: &Settings) -> Result<Arc<dyn Catalog>, CliError> {
     let store_settings = config::store_settings().into_iter().collect();
     catalog::open(&settings.catalog.value, &store_settings, &Deadlines::control()).map_err(|error| match error {
         error @ catalog::CatalogError::UnsupportedScheme { .. } => CliError::usage(error),

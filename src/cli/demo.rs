@@ -51,9 +51,9 @@ impl World {
         output::print(&format!("# {} from {}\n", output::bytes(copied), from.display()));
 
         let source_text = source.to_string_lossy().into_owned();
-        self.show(&["publish", &source_text, "demo", "--message", "the first"])?;
+        self.show(&["publish", &source_text, "sample", "--message", "the first"])?;
         let one = self.dir.join("mnt/1").to_string_lossy().into_owned();
-        self.show(&["demo", &one])?;
+        self.show(&["sample/1", &one])?;
         self.run_shown("ls", &["-l", &one])?;
         let largest = largest_file(&source).map_err(CliError::failed)?;
         let inside = Path::new(&one).join(&largest);
@@ -63,9 +63,9 @@ impl World {
         self.show(&["status"])?;
 
         fs::write(source.join("NEW-IN-2"), "version 1 never sees this\n").map_err(CliError::failed)?;
-        self.show(&["publish", &source_text, "demo", "--message", "the second"])?;
+        self.show(&["publish", &source_text, "sample", "--message", "the second"])?;
         let two = self.dir.join("mnt/2").to_string_lossy().into_owned();
-        self.show(&["demo/2", &two])?;
+        self.show(&["sample", &two])?;
         let listed = self.run("diff", &["-rq", &one, &two]).map_err(CliError::failed)?;
         output::print(&format!("$ diff -rq {one} {two}\n{}", String::from_utf8_lossy(&listed.stdout)));
         self.show(&["status"])?;
@@ -107,7 +107,7 @@ impl World {
             ("GRID_MOUNT_CACHE_DIR", below("cache")),
             ("GRID_MOUNT_CACHE_SIZE", "1GiB".into()),
             ("GRID_MOUNT_CACHE_MIN_FREE", "0".into()),
-            ("GRID_MOUNT_USER", "demo".into()),
+            ("GRID_MOUNT_USER", "me".into()),
         ]
     }
 
@@ -122,10 +122,11 @@ fn told(done: &Output) -> Result<(), CliError> {
     output::print(&String::from_utf8_lossy(&done.stdout));
     let said = String::from_utf8_lossy(&done.stderr);
     if done.status.success() {
-        said.lines().for_each(output::note);
+        said.lines().for_each(|line| output::print(&format!("  {line}\n")));
         return Ok(());
     }
-    Err(CliError::Failed(said.trim().to_owned().into()))
+    let said = said.trim();
+    Err(CliError::Failed(said.strip_prefix("grid-mount: ").unwrap_or(said).to_owned().into()))
 }
 
 fn private_directory(path: &Path) -> io::Result<()> {

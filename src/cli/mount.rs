@@ -113,8 +113,7 @@ fn absolute(path: &Path) -> Result<PathBuf, CliError> {
 
 /// The agent to ask: the one named, the system's, or the user's own; `None` where the last is to be started.
 pub async fn connect(args: &SocketArgs) -> Result<Option<Client>, CliError> {
-    let named = args.socket.clone().or_else(|| env::var_os("GRID_MOUNT_SOCKET").map(PathBuf::from));
-    if let Some(socket) = named.filter(|_| !args.own_agent) {
+    if let Some(socket) = named_socket(args) {
         let client = Client::new(&socket);
         client.agent().await.map_err(CliError::failed)?;
         return Ok(Some(client));
@@ -129,6 +128,15 @@ pub async fn connect(args: &SocketArgs) -> Result<Option<Client>, CliError> {
         Err(ClientError::NoAgent { .. } | ClientError::Gone { .. }) => Ok(None),
         Err(error) => Err(CliError::failed(error)),
     }
+}
+
+/// `--socket`, else `GRID_MOUNT_SOCKET`, unless the user's own agent is wanted.
+pub fn named_socket(args: &SocketArgs) -> Option<PathBuf> {
+    if args.own_agent {
+        return None;
+    }
+    let from_environment = || env::var_os("GRID_MOUNT_SOCKET").filter(|path| !path.is_empty()).map(PathBuf::from);
+    args.socket.clone().or_else(from_environment)
 }
 
 pub fn runtime_dir() -> Result<RuntimeDir, CliError> {

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::{
     CliError,
     args::{CatalogArgs, OutputArgs, PublishArgs, RegisterArgs},
-    catalog::open,
+    catalog::open_to_publish,
     config::{self, Overrides},
     output,
     progress::Shown,
@@ -30,7 +30,7 @@ struct Outcome<'published> {
 
 pub async fn publish(args: PublishArgs) -> Result<(), CliError> {
     let (settings, name) = prepare(&args.catalog, &args.name)?;
-    let catalog = open(&settings)?;
+    let catalog = open_to_publish(&settings)?;
     let scratch = tempfile::tempdir().map_err(CliError::failed)?;
     let mut options = PublishOptions::new(scratch.path());
     options.message = args.message;
@@ -44,7 +44,7 @@ pub async fn publish(args: PublishArgs) -> Result<(), CliError> {
 pub async fn register(args: RegisterArgs) -> Result<(), CliError> {
     let (settings, name) = prepare(&args.catalog, &args.name)?;
     let url: StoreUrl = args.url.parse().map_err(CliError::usage)?;
-    let catalog = open(&settings)?;
+    let catalog = open_to_publish(&settings)?;
     let store_settings = config::store_settings().into_iter().collect();
     let store = Store::open(&url, &store_settings, &Deadlines::control()).map_err(CliError::failed)?;
     let scratch = tempfile::tempdir().map_err(CliError::failed)?;
