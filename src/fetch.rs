@@ -1,41 +1,48 @@
 //! Misses: from (object, range) to bytes, through the cache, from the origin.
 //!
-//! Owns single-flight, coalescing, priorities, readahead, retries and the memory budget.
+//! Owns single-flight, coalescing, priorities, readahead, warm-up, retries and the memory budget.
 //! Must not know FUSE or trees.
 
-mod error;
-mod flight;
-mod streams;
+mod job;
+mod pool;
+mod readahead;
+mod recent;
+mod stats;
 
 use std::{
     collections::HashMap,
-    num::NonZeroUsize,
     ops::Range,
     sync::{
         Arc, Weak,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::Ordering::Relaxed,
+        mpsc::{SyncSender, TrySendError, sync_channel},
     },
     time::{Duration, Instant},
 };
 
 use bytes::{Bytes, BytesMut};
-use lru::LruCache;
+use futures::{StreamExt as _, TryStreamExt as _, stream};
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, watch};
 
-use self::flight::Run;
-pub use self::{error::FetchError, streams::Streams};
+use self::{
+    job::Job,
+    pool::{Pool, Urgency},
+    recent::Recent,
+    stats::Tally,
+};
+pub use self::{pool::Priority, readahead::Streams, stats::FetchStats};
 use crate::{
-    block::{BLOCK_SIZE, BLOCKS_PER_EXTENT, BlockNo, blocks_covering},
+    block::{BLOCK_SIZE, BLOCKS_PER_EXTENT, BlockNo, block_count, blocks_covering},
     cache::{Cache, CachedObject, ObjectId, Purpose},
-    digest::{BlockSum, Digest},
-    origin::{Pin, Store},
+    digest::BlockSum,
+    origin::{OriginError, Pin, Store},
 };
 
 /// The bounds of one agent's fetching.
 #[derive(Clone, Debug)]
 pub struct FetchConfig {
-    /// Requests under way, all origins together.
+    /// Connections per origin.
     pub connections: usize,
     /// Bytes in flight and not yet handed over, all readers together.
     pub memory_limit: u64,
@@ -45,24 +52,12 @@ pub struct FetchConfig {
     pub max_readahead: u64,
 }
 
-impl Default for FetchConfig {
-    fn default() -> Self {
-        Self {
-            connections: 64,
-            memory_limit: 512 << 20,
-            read_deadline: Duration::from_secs(60),
-            max_readahead: 64 << 20,
-        }
-    }
-}
-
 /// What must be known of an object to fetch it.
 pub struct Source {
     pub store: Store,
     pub key: String,
     pub pin: Pin,
     pub size: u64,
-    pub digest: Option<Digest>,
     /// The sum of each block, where the data was published: looked up when a block arrives.
     pub sums: Option<Arc<dyn BlockSums>>,
 }
@@ -73,80 +68,38 @@ pub trait BlockSums: Send + Sync {
     async fn sums(&self, blocks: Range<u64>) -> Result<Vec<BlockSum>, FetchError>;
 }
 
-/// Who wants a block: the lower never holds the higher back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Priority {
-    Waited,
-    Readahead,
-}
-
-/// A block on its way.
-#[derive(Clone, Debug)]
-enum Block {
-    Pending,
-    Ready(Bytes),
-    Failed(FetchError),
-}
-
 /// One open object: its source, its cached blocks, its fetches in flight.
 pub struct FetchObject {
     id: ObjectId,
     source: Source,
     cached: Option<Arc<CachedObject>>,
-    /// Blocks on their way, until they are in the cache or have failed.
-    flights: Mutex<HashMap<u64, watch::Receiver<Block>>>,
+    pool: Arc<Pool>,
+    /// Blocks on their way. Bounded by what the memory budget lets in flight and by the queued readahead.
+    flights: Mutex<HashMap<u64, Flight>>,
+    /// Blocks that readahead brought and nobody has read yet.
+    unread: Mutex<std::collections::HashSet<u64>>,
 }
 
-impl FetchObject {
-    /// How many bytes of `range` lie in blocks that the cache holds.
-    pub fn cached_bytes(&self, range: Range<u64>) -> u64 {
-        let Some(cached) = &self.cached else { return 0 };
-        let absent: u64 = cached
-            .missing(blocks_covering(&range))
-            .into_iter()
-            .map(|block| {
-                let bytes = block.byte_range(self.source.size);
-                bytes.end.min(range.end).saturating_sub(bytes.start.max(range.start))
-            })
-            .sum();
-        (range.end - range.start).saturating_sub(absent)
-    }
-
-    /// The object's place in the cache.
-    pub fn cached(&self) -> Option<&Arc<CachedObject>> {
-        self.cached.as_ref()
-    }
-
-    pub fn size(&self) -> u64 {
-        self.source.size
-    }
+struct Flight {
+    done: watch::Receiver<Option<Arrival>>,
+    urgency: Arc<Urgency>,
 }
 
-/// Counters since the start, for `status` and metrics.
-#[derive(Clone, Debug, Default)]
-pub struct FetchStats {
-    pub bytes_from_cache: u64,
-    pub bytes_from_origin: u64,
-    pub gets: u64,
-    pub retries: u64,
-    pub hits: u64,
-    pub misses: u64,
-    pub readahead_blocks: u64,
-    pub fills_dropped: u64,
-    pub last_error: Option<String>,
-}
+type Arrival = Result<Bytes, FetchError>;
 
-#[derive(Default)]
-struct Tally {
-    bytes_from_cache: AtomicU64,
-    bytes_from_origin: AtomicU64,
-    gets: AtomicU64,
-    retries: AtomicU64,
-    hits: AtomicU64,
-    misses: AtomicU64,
-    readahead_blocks: AtomicU64,
-    fills_dropped: AtomicU64,
-    last_error: Mutex<Option<String>>,
+/// More unread blocks than this per object are not accounted for.
+const MOST_UNREAD: usize = 1 << 16;
+/// Blocks waiting to be written to the cache; what comes on top is not cached.
+const FILL_QUEUE: usize = 256;
+const FILL_THREADS: usize = 2;
+/// Extents of one warm-up in flight.
+const WARM_AT_ONCE: usize = 8;
+
+struct Fill {
+    object: Arc<CachedObject>,
+    block: u64,
+    bytes: Bytes,
+    purpose: Purpose,
 }
 
 pub struct Fetcher {
@@ -154,225 +107,292 @@ pub struct Fetcher {
     cache: Option<Arc<Cache>>,
     runtime: tokio::runtime::Handle,
     objects: Mutex<HashMap<ObjectId, Weak<FetchObject>>>,
-    /// One permit per request under way; readahead may have three in four of them.
-    connections: Semaphore,
-    background: Semaphore,
-    /// One permit per block in flight; readahead may have half of them.
+    pools: Mutex<HashMap<String, Arc<Pool>>>,
+    /// Bytes of requests in flight, in blocks.
     memory: Arc<Semaphore>,
-    background_memory: Arc<Semaphore>,
-    /// Blocks on their way to the cache's disk: when it is slower than the network, caching gives way.
-    fills: Arc<Semaphore>,
-    /// Blocks that the cache did not take, for the reads that follow at once.
-    recent: Mutex<LruCache<(ObjectId, u64), Bytes>>,
-    tally: Tally,
-}
-
-/// Blocks (32 MiB) that may wait for the disk, and that are kept when the disk does not take them.
-const FILLS: usize = 256;
-const RECENT: NonZeroUsize = NonZeroUsize::new(256).unwrap();
-/// A block that is evicted between its arrival and its use is fetched again, so often.
-const PASSES: usize = 4;
-
-/// Where a wanted block is.
-enum Place {
-    Cached,
-    Here(Bytes),
-    OnItsWay(watch::Receiver<Block>),
+    /// The part of it that readahead and warm-up may hold together.
+    low_memory: Arc<Semaphore>,
+    recent: Recent,
+    fills: Option<SyncSender<Fill>>,
+    tally: Arc<Tally>,
+    latency: job::Latency,
 }
 
 impl Fetcher {
-    pub fn new(config: FetchConfig, cache: Option<Arc<Cache>>, runtime: tokio::runtime::Handle) -> Arc<Self> {
-        let blocks = usize::try_from(config.memory_limit / BLOCK_SIZE).unwrap_or(usize::MAX);
+    pub fn new(
+        config: FetchConfig,
+        cache: Option<Arc<Cache>>,
+        runtime: tokio::runtime::Handle,
+    ) -> Arc<Self> {
+        // Half of the memory for what is in flight, a quarter for what just arrived; the queue to the
+        // cache shares its bytes with the latter.
+        let blocks =
+            usize::try_from(config.memory_limit / 2 / BLOCK_SIZE).unwrap_or(usize::MAX >> 4);
         let blocks = blocks.clamp(2 * BLOCKS_PER_EXTENT as usize, Semaphore::MAX_PERMITS);
-        let connections = config.connections.max(4);
+        let tally = Arc::new(Tally::default());
+        let fills = cache.as_ref().and_then(|_| start_fill_threads(&tally));
         Arc::new(Self {
+            recent: Recent::new(config.memory_limit / 4),
+            config,
             cache,
             runtime,
             objects: Mutex::default(),
-            connections: Semaphore::new(connections),
-            background: Semaphore::new(connections * 3 / 4),
+            pools: Mutex::default(),
             memory: Arc::new(Semaphore::new(blocks)),
-            background_memory: Arc::new(Semaphore::new(blocks / 2)),
-            fills: Arc::new(Semaphore::new(FILLS)),
-            recent: Mutex::new(LruCache::new(RECENT)),
-            tally: Tally::default(),
-            config,
+            low_memory: Arc::new(Semaphore::new(blocks / 2)),
+            fills,
+            tally,
+            latency: job::Latency::default(),
         })
     }
 
-    /// The object, shared with whoever else has it open.
+    /// The object, shared with whoever else has it open (keyed by its cache identity within `domain`).
     pub fn open(self: &Arc<Self>, domain: &str, source: Source) -> Arc<FetchObject> {
-        let pin = match &source.pin {
-            Pin::Content => String::new(),
-            Pin::ETag(tag) => format!("etag {tag}"),
-            Pin::VersionId(id) => format!("version {id}"),
-        };
-        let id = ObjectId::derive(domain, source.store.canonical(), &source.key, &pin, source.size, source.digest.as_ref());
+        let id = identity(domain, &source);
         let mut objects = self.objects.lock();
         if let Some(object) = objects.get(&id).and_then(Weak::upgrade) {
             return object;
         }
-        // The dead go when they would make the table grow.
-        if objects.len() == objects.capacity() {
+        if objects.len() >= 64 && objects.len() == objects.capacity() {
             objects.retain(|_, object| object.strong_count() > 0);
         }
-        let cached = self.cache.as_ref().map(|cache| cache.object(id, source.size));
-        let object = Arc::new(FetchObject { id, source, cached, flights: Mutex::default() });
+        drop(objects);
+        // The cache may touch the disk: not under the lock. Whoever comes second takes the first's.
+        let cached = self
+            .cache
+            .as_ref()
+            .map(|cache| cache.object(id, source.size));
+        let pool = Arc::clone(
+            self.pools
+                .lock()
+                .entry(source.store.canonical().to_owned())
+                .or_insert_with(|| Pool::new(self.config.connections)),
+        );
+        let object = Arc::new(FetchObject {
+            id,
+            source,
+            cached,
+            pool,
+            flights: Mutex::default(),
+            unread: Mutex::default(),
+        });
+        let mut objects = self.objects.lock();
+        if let Some(first) = objects.get(&id).and_then(Weak::upgrade) {
+            return first;
+        }
         objects.insert(id, Arc::downgrade(&object));
         object
     }
 
-    pub fn stats(&self) -> FetchStats {
-        let tally = &self.tally;
-        FetchStats {
-            bytes_from_cache: tally.bytes_from_cache.load(Relaxed),
-            bytes_from_origin: tally.bytes_from_origin.load(Relaxed),
-            gets: tally.gets.load(Relaxed),
-            retries: tally.retries.load(Relaxed),
-            hits: tally.hits.load(Relaxed),
-            misses: tally.misses.load(Relaxed),
-            readahead_blocks: tally.readahead_blocks.load(Relaxed),
-            fills_dropped: tally.fills_dropped.load(Relaxed),
-            last_error: tally.last_error.lock().clone(),
+    /// The hit path: `Some` when every byte is in the cache (or has just arrived). No await, no task, no
+    /// lock held across I/O. `buf` is replaced by exactly the bytes of `range` within the object.
+    pub fn read_cached(
+        &self,
+        object: &FetchObject,
+        range: Range<u64>,
+        buf: &mut Vec<u8>,
+    ) -> Option<()> {
+        let range = object.clip(&range);
+        buf.clear();
+        let blocks = blocks_covering(&range);
+        if let Some(cached) = &object.cached {
+            buf.resize(usize::try_from(range.end - range.start).ok()?, 0);
+            if cached
+                .read(range.start, buf, Purpose::Reader)
+                .unwrap_or(false)
+            {
+                self.count_hit(object, &range, &blocks);
+                return Some(());
+            }
+            buf.clear();
         }
+        for block in blocks.clone() {
+            let bytes = self.recent.get(object.id, block)?;
+            buf.extend_from_slice(part_of(&bytes, block, &range)?);
+        }
+        self.count_hit(object, &range, &blocks);
+        Some(())
     }
 
-    /// The hit path: appends `range` to `buf` if every byte is in the cache, else leaves it as it was.
-    pub fn read_cached(&self, object: &FetchObject, range: Range<u64>, buf: &mut Vec<u8>) -> bool {
-        let Some(cached) = &object.cached else { return false };
-        let before = buf.len();
-        let Ok(length) = usize::try_from(range.end.saturating_sub(range.start)) else { return false };
-        buf.resize(before + length, 0);
-        // A cache that cannot be read is one that has nothing.
-        if cached.read(range.start, &mut buf[before..], Purpose::Reader).unwrap_or(false) {
-            self.tally.hits.fetch_add(1, Relaxed);
-            self.tally.bytes_from_cache.fetch_add(length as u64, Relaxed);
-            return true;
-        }
-        buf.truncate(before);
-        false
-    }
-
-    /// The miss path. Ends within the read deadline.
-    pub async fn read(self: &Arc<Self>, object: &Arc<FetchObject>, range: Range<u64>) -> Result<Bytes, FetchError> {
-        self.tally.misses.fetch_add(1, Relaxed);
+    /// The miss path. Ends within `read_deadline`.
+    pub async fn read(
+        self: &Arc<Self>,
+        object: &Arc<FetchObject>,
+        range: Range<u64>,
+    ) -> Result<Bytes, FetchError> {
+        let started = Instant::now();
         let deadline = self.config.read_deadline;
-        let result = match tokio::time::timeout(deadline, self.gather(object, range)).await {
-            Ok(result) => result,
-            Err(_) => Err(FetchError::Deadline { key: object.source.key.clone(), after: deadline }),
-        };
+        let result = tokio::time::timeout(deadline, self.read_blocks(object, object.clip(&range)))
+            .await
+            .unwrap_or(Err(FetchError::Deadline(deadline)));
+        self.tally.wait_nanos.fetch_add(
+            u64::try_from(started.elapsed().as_nanos()).unwrap_or(u64::MAX),
+            Relaxed,
+        );
         if let Err(error) = &result {
-            *self.tally.last_error.lock() = Some(error.in_words());
+            self.tally.failed(&object.source.key, error);
         }
         result
     }
 
-    async fn gather(self: &Arc<Self>, object: &Arc<FetchObject>, range: Range<u64>) -> Result<Bytes, FetchError> {
-        let range = range.start.min(object.source.size)..range.end.min(object.source.size);
-        let mut bytes = BytesMut::with_capacity((range.end - range.start) as usize);
-        for _ in 0..PASSES {
-            let from = range.start + bytes.len() as u64;
-            if from >= range.end {
-                break;
-            }
-            let places = self.claim(object, blocks_covering(&(from..range.end)), Priority::Waited);
-            for (number, place) in places {
-                let block = BlockNo(number).byte_range(object.source.size);
-                let wanted = block.start.max(range.start)..block.end.min(range.end);
-                let data = match place {
-                    Place::Here(data) => data,
-                    Place::OnItsWay(mut receiver) => {
-                        let done = receiver.wait_for(|block| !matches!(block, Block::Pending)).await;
-                        match done.map(|block| block.clone()) {
-                            Ok(Block::Ready(data)) => data,
-                            Ok(Block::Failed(error)) => return Err(error),
-                            Ok(Block::Pending) | Err(_) => return Err(FetchError::Ended),
-                        }
-                    }
-                    Place::Cached => {
-                        let mut part = vec![0; (wanted.end - wanted.start) as usize];
-                        if !self.read_block(object, wanted.start, &mut part) {
-                            // Evicted or found damaged meanwhile: the next pass fetches it.
-                            break;
-                        }
-                        bytes.extend_from_slice(&part);
-                        continue;
-                    }
-                };
-                let (start, end) = (wanted.start - block.start, wanted.end - block.start);
-                let Some(part) = data.get(start as usize..end as usize) else { return Err(FetchError::Ended) };
-                bytes.extend_from_slice(part);
-            }
-        }
-        if (bytes.len() as u64) < range.end - range.start {
-            return Err(FetchError::CacheThrash { key: object.source.key.clone() });
-        }
-        Ok(bytes.freeze())
-    }
-
-    fn read_block(&self, object: &FetchObject, offset: u64, part: &mut [u8]) -> bool {
-        let Some(cached) = &object.cached else { return false };
-        let read = cached.read(offset, part, Purpose::Reader).unwrap_or(false);
-        if read {
-            self.tally.bytes_from_cache.fetch_add(part.len() as u64, Relaxed);
-        }
-        read
-    }
-
-    /// Where each of `blocks` is; what is nowhere is set on its way, adjacent blocks in one request.
-    /// Readahead stops where the memory for it does.
-    fn claim(
+    async fn read_blocks(
         self: &Arc<Self>,
         object: &Arc<FetchObject>,
-        blocks: Range<u64>,
-        priority: Priority,
-    ) -> Vec<(u64, Place)> {
-        let mut places = Vec::with_capacity((blocks.end - blocks.start) as usize);
-        let mut runs: Vec<Run> = Vec::new();
-        // Outside the lock: what may have to read a sidecar.
-        if let Some(cached) = &object.cached {
-            let _ = cached.missing(blocks.clone());
-        }
-        let mut flights = object.flights.lock();
-        for number in blocks {
-            if let Some(receiver) = flights.get(&number) {
-                places.push((number, Place::OnItsWay(receiver.clone())));
-                continue;
-            }
-            if object.cached.as_ref().is_some_and(|cached| cached.missing(number..number + 1).is_empty()) {
-                places.push((number, Place::Cached));
-                continue;
-            }
-            if let Some(bytes) = self.recent.lock().get(&(object.id, number)) {
-                places.push((number, Place::Here(bytes.clone())));
-                continue;
-            }
-            let mut permit = None;
-            if priority == Priority::Readahead {
-                permit = Arc::clone(&self.background_memory).try_acquire_owned().ok();
-                if permit.is_none() {
-                    break;
+        range: Range<u64>,
+    ) -> Result<Bytes, FetchError> {
+        let blocks = blocks_covering(&range);
+        let wanted: Vec<u64> = blocks.clone().collect();
+        let mut arrivals = self.start(object, &wanted, Priority::Waited);
+        self.mark_read(object, &blocks);
+        let mut whole = BytesMut::new();
+        for block in blocks.clone() {
+            let bytes = match arrivals.remove(&block) {
+                Some(Started::Here(bytes)) => bytes,
+                Some(Started::Coming(mut done)) => {
+                    let arrived = done
+                        .wait_for(Option::is_some)
+                        .await
+                        .map_err(|_| FetchError::Stopped)?;
+                    arrived.clone().ok_or(FetchError::Stopped)??
                 }
-                self.tally.readahead_blocks.fetch_add(1, Relaxed);
+                None => self.read_cached_block(object, block).await?,
+            };
+            let part = part_range(bytes.len(), block, &range).ok_or(FetchError::Stopped)?;
+            if blocks.end - blocks.start == 1 {
+                return Ok(bytes.slice(part));
             }
-            let (sender, receiver) = watch::channel(Block::Pending);
-            flights.insert(number, receiver.clone());
-            places.push((number, Place::OnItsWay(receiver)));
-            match runs.last_mut() {
-                Some(run) if run.takes(number) => run.push(sender, permit),
-                _ => runs.push(Run::new(number, sender, permit)),
-            }
+            whole.extend_from_slice(&bytes[part]);
         }
-        drop(flights);
-        for run in runs {
-            let flight = run.fly(Arc::clone(self), Arc::clone(object), priority);
-            self.runtime.spawn(flight);
-        }
-        places
+        Ok(whole.freeze())
     }
 
-    /// Told of every read (hit or miss), so that it may fetch ahead, within `window`: the file's bytes
-    /// within the object.
+    /// A block that the cache said it has. If it cannot give it after all, it is fetched.
+    async fn read_cached_block(
+        self: &Arc<Self>,
+        object: &Arc<FetchObject>,
+        block: u64,
+    ) -> Result<Bytes, FetchError> {
+        if let Some(cached) = &object.cached {
+            let (cached, range) = (
+                Arc::clone(cached),
+                BlockNo(block).byte_range(object.source.size),
+            );
+            let read = self.runtime.spawn_blocking(move || {
+                let mut bytes = vec![0; usize::try_from(range.end - range.start).unwrap_or(0)];
+                matches!(
+                    cached.read(range.start, &mut bytes, Purpose::Reader),
+                    Ok(true)
+                )
+                .then_some(bytes)
+            });
+            if let Ok(Some(bytes)) = read.await {
+                self.tally
+                    .cache_bytes
+                    .fetch_add(bytes.len() as u64, Relaxed);
+                return Ok(bytes.into());
+            }
+        }
+        match self
+            .start_absent(object, &[block], Priority::Waited)
+            .remove(&block)
+        {
+            Some(Started::Here(bytes)) => Ok(bytes),
+            Some(Started::Coming(mut done)) => {
+                let arrived = done
+                    .wait_for(Option::is_some)
+                    .await
+                    .map_err(|_| FetchError::Stopped)?;
+                arrived.clone().ok_or(FetchError::Stopped)?
+            }
+            None => Err(FetchError::Stopped),
+        }
+    }
+
+    /// Starts (or joins) the fetches of those `wanted` blocks (ascending) that the cache does not have.
+    fn start(
+        self: &Arc<Self>,
+        object: &Arc<FetchObject>,
+        wanted: &[u64],
+        priority: Priority,
+    ) -> HashMap<u64, Started> {
+        let absent: Vec<u64> = match (&object.cached, wanted) {
+            (Some(cached), [first, .., last] | [first @ last]) => {
+                let missing = cached.missing(*first..*last + 1);
+                missing
+                    .into_iter()
+                    .map(|block| block.0)
+                    .filter(|block| wanted.binary_search(block).is_ok())
+                    .collect()
+            }
+            _ => wanted.to_vec(),
+        };
+        self.start_absent(object, &absent, priority)
+    }
+
+    fn start_absent(
+        self: &Arc<Self>,
+        object: &Arc<FetchObject>,
+        absent: &[u64],
+        priority: Priority,
+    ) -> HashMap<u64, Started> {
+        let mut started = HashMap::with_capacity(absent.len());
+        let mut jobs: Vec<Job> = Vec::new();
+        {
+            let mut flights = object.flights.lock();
+            let mut new: Vec<u64> = Vec::new();
+            for &block in absent {
+                if let Some(flight) = flights.get(&block) {
+                    if priority == Priority::Waited {
+                        flight.urgency.raise();
+                    }
+                    started.insert(block, Started::Coming(flight.done.clone()));
+                } else if let Some(bytes) = self.recent.get(object.id, block) {
+                    // A block enters `recent` before it leaves `flights`: it is in one of them, or absent.
+                    started.insert(block, Started::Here(bytes));
+                } else {
+                    new.push(block);
+                }
+            }
+            for run in runs(&new) {
+                for piece in readahead::pieces(run, self.config.connections as u64) {
+                    let urgency = Arc::new(Urgency::new(priority));
+                    let mut senders = Vec::new();
+                    for block in piece.clone() {
+                        let (sender, done) = watch::channel(None);
+                        started.insert(block, Started::Coming(done.clone()));
+                        flights.insert(
+                            block,
+                            Flight {
+                                done,
+                                urgency: Arc::clone(&urgency),
+                            },
+                        );
+                        senders.push(sender);
+                    }
+                    jobs.push(Job {
+                        fetcher: Arc::clone(self),
+                        object: Arc::clone(object),
+                        first: piece.start,
+                        waiters: senders,
+                        urgency,
+                        purpose: match priority {
+                            Priority::Waited => Purpose::Reader,
+                            Priority::Readahead => Purpose::Readahead,
+                            Priority::WarmUp => Purpose::WarmUp,
+                        },
+                        delivered: 0,
+                    });
+                }
+            }
+        }
+        for job in jobs {
+            self.runtime.spawn(job.run());
+        }
+        started
+    }
+
+    /// Told of every read (hit or miss), so that it may fetch ahead. `window` limits it to the file's
+    /// bytes within the object.
     pub fn advise(
         self: &Arc<Self>,
         object: &Arc<FetchObject>,
@@ -380,48 +400,222 @@ impl Fetcher {
         range: Range<u64>,
         window: Range<u64>,
     ) {
-        if let Some(ahead) = streams.next(&range, &window, self.config.max_readahead) {
-            self.claim(object, blocks_covering(&ahead), Priority::Readahead);
+        // Without room to keep it, what is fetched ahead would be fetched twice.
+        let largest = self.config.max_readahead.min(self.config.memory_limit / 8);
+        for ahead in streams.advise(&range, &object.clip(&window), largest) {
+            let wanted: Vec<u64> = blocks_covering(&ahead).collect();
+            let started = self.start(object, &wanted, Priority::Readahead);
+            let fresh = started
+                .iter()
+                .filter(|(_, started)| matches!(started, Started::Coming(_)))
+                .map(|(block, _)| *block);
+            let mut unread = object.unread.lock();
+            for block in fresh {
+                if unread.len() < MOST_UNREAD && unread.insert(block) {
+                    self.tally.readahead_blocks.fetch_add(1, Relaxed);
+                }
+            }
         }
     }
 
-    /// A block has arrived and is sound: it goes to the cache, and its flight ends once it is there.
-    fn land(self: &Arc<Self>, object: &Arc<FetchObject>, number: u64, bytes: Bytes, priority: Priority) {
-        let Some(cached) = object.cached.clone() else {
-            self.keep(object, number, bytes);
+    /// Brings a range into the cache, at a priority; ends when it is there (or recently was).
+    pub async fn warm(
+        self: &Arc<Self>,
+        object: &Arc<FetchObject>,
+        range: Range<u64>,
+        priority: Priority,
+    ) -> Result<(), FetchError> {
+        let blocks = blocks_covering(&object.clip(&range));
+        let extents = blocks.start / BLOCKS_PER_EXTENT..blocks.end.div_ceil(BLOCKS_PER_EXTENT);
+        stream::iter(extents)
+            .map(|extent| {
+                let start = (extent * BLOCKS_PER_EXTENT).max(blocks.start);
+                let end = ((extent + 1) * BLOCKS_PER_EXTENT).min(blocks.end);
+                async move {
+                    let wanted: Vec<u64> = (start..end).collect();
+                    for (_, started) in self.start(object, &wanted, priority) {
+                        if let Started::Coming(mut done) = started {
+                            let arrived = done
+                                .wait_for(Option::is_some)
+                                .await
+                                .map_err(|_| FetchError::Stopped)?;
+                            arrived.clone().ok_or(FetchError::Stopped)??;
+                        }
+                    }
+                    Ok(())
+                }
+            })
+            .buffer_unordered(WARM_AT_ONCE)
+            .try_for_each(|()| async { Ok(()) })
+            .await
+    }
+
+    pub fn stats(&self) -> FetchStats {
+        self.tally.read()
+    }
+
+    fn count_hit(&self, object: &FetchObject, range: &Range<u64>, blocks: &Range<u64>) {
+        self.tally.hits.fetch_add(1, Relaxed);
+        self.tally
+            .cache_bytes
+            .fetch_add(range.end - range.start, Relaxed);
+        self.mark_read(object, blocks);
+    }
+
+    fn mark_read(&self, object: &FetchObject, blocks: &Range<u64>) {
+        let mut unread = object.unread.lock();
+        if unread.is_empty() {
+            return;
+        }
+        let used = blocks.clone().filter(|block| unread.remove(block)).count();
+        self.tally.readahead_used.fetch_add(used as u64, Relaxed);
+    }
+
+    /// Hands an arrived block to the cache; never waits for it.
+    fn fill(&self, object: &FetchObject, block: u64, bytes: &Bytes, purpose: Purpose) {
+        let (Some(fills), Some(cached)) = (&self.fills, &object.cached) else {
             return;
         };
-        let Ok(permit) = Arc::clone(&self.fills).try_acquire_owned() else {
+        let fill = Fill {
+            object: Arc::clone(cached),
+            block,
+            bytes: bytes.clone(),
+            purpose,
+        };
+        if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) = fills.try_send(fill) {
             self.tally.fills_dropped.fetch_add(1, Relaxed);
-            self.keep(object, number, bytes);
-            return;
-        };
-        let (fetcher, object) = (Arc::clone(self), Arc::clone(object));
-        self.runtime.spawn_blocking(move || {
-            let purpose = match priority {
-                Priority::Waited => Purpose::Reader,
-                Priority::Readahead => Purpose::Readahead,
-            };
-            if cached.fill(BlockNo(number), &bytes, purpose).is_err() {
-                // The cache counts and tells; the reader has its bytes.
-                fetcher.keep(&object, number, bytes);
-            } else {
-                object.flights.lock().remove(&number);
+        }
+    }
+}
+
+enum Started {
+    Here(Bytes),
+    Coming(watch::Receiver<Option<Arrival>>),
+}
+
+impl FetchObject {
+    pub fn size(&self) -> u64 {
+        self.source.size
+    }
+
+    pub fn id(&self) -> ObjectId {
+        self.id
+    }
+
+    /// The cache's handle, when there is a cache.
+    pub fn cached(&self) -> Option<&Arc<CachedObject>> {
+        self.cached.as_ref()
+    }
+
+    fn clip(&self, range: &Range<u64>) -> Range<u64> {
+        let end = range.end.min(self.source.size);
+        range.start.min(end)..end
+    }
+}
+
+/// The threads end when the fetcher, which holds the only sender, is gone. `None`: no thread could be
+/// started, and nothing is cached.
+fn start_fill_threads(tally: &Arc<Tally>) -> Option<SyncSender<Fill>> {
+    let (sender, fills) = sync_channel::<Fill>(FILL_QUEUE);
+    let fills = Arc::new(Mutex::new(fills));
+    let started = (0..FILL_THREADS).filter(|_| {
+        let (fills, tally) = (Arc::clone(&fills), Arc::clone(tally));
+        let work = move || {
+            loop {
+                // The lock is the queue's turnstile: held while waiting for work, not while doing it.
+                let next = fills.lock().recv();
+                let Ok(fill) = next else { return };
+                if fill
+                    .object
+                    .fill(BlockNo(fill.block), &fill.bytes, fill.purpose)
+                    .is_err()
+                {
+                    tally.fills_failed.fetch_add(1, Relaxed);
+                }
             }
-            drop(permit);
-        });
-    }
+        };
+        std::thread::Builder::new()
+            .name("cache-fill".to_owned())
+            .spawn(work)
+            .is_ok()
+    });
+    (started.count() > 0).then_some(sender)
+}
 
-    fn keep(&self, object: &FetchObject, number: u64, bytes: Bytes) {
-        self.recent.lock().put((object.id, number), bytes);
-        object.flights.lock().remove(&number);
+/// Splits ascending block numbers into runs of neighbours that stay within an extent.
+fn runs(blocks: &[u64]) -> Vec<Range<u64>> {
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for &block in blocks {
+        match runs.last_mut() {
+            Some(run)
+                if run.end == block
+                    && run.start / BLOCKS_PER_EXTENT == block / BLOCKS_PER_EXTENT =>
+            {
+                run.end += 1
+            }
+            _ => runs.push(block..block + 1),
+        }
     }
+    runs
+}
 
-    fn took(&self, bytes: usize) {
-        self.tally.bytes_from_origin.fetch_add(bytes as u64, Relaxed);
-    }
+/// Where the wanted `range` of the object lies within the bytes of `block`.
+fn part_range(length: usize, block: u64, range: &Range<u64>) -> Option<Range<usize>> {
+    let start = block * BLOCK_SIZE;
+    let from = usize::try_from(range.start.saturating_sub(start)).ok()?;
+    let to = usize::try_from(range.end.saturating_sub(start))
+        .ok()?
+        .min(length);
+    (from <= to).then_some(from..to)
+}
 
-    fn give_up_at(&self) -> Instant {
-        Instant::now() + self.config.read_deadline
+fn part_of<'b>(bytes: &'b Bytes, block: u64, range: &Range<u64>) -> Option<&'b [u8]> {
+    bytes.get(part_range(bytes.len(), block, range)?)
+}
+
+/// Two objects share cached blocks exactly if all of this is equal.
+fn identity(domain: &str, source: &Source) -> ObjectId {
+    let pin = match &source.pin {
+        Pin::Content => "content".to_owned(),
+        Pin::ETag(etag) => format!("etag {etag}"),
+        Pin::VersionId(version) => format!("version {version}"),
+    };
+    ObjectId::derive(
+        domain,
+        source.store.canonical(),
+        &source.key,
+        &pin,
+        source.size,
+        None,
+    )
+}
+
+/// Cloneable: one failed GET fails every reader that waited for it.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FetchError {
+    #[error("no answer within {0:?}")]
+    Deadline(Duration),
+    #[error("{}", .0.chain())]
+    Origin(#[source] Arc<OriginError>),
+    #[error(
+        "block {block} of {key} does not have the bytes that were published (fetched twice); the object was overwritten or is damaged"
+    )]
+    Corrupt { key: String, block: u64 },
+    #[error("the sums of {key} could not be had: {reason}")]
+    Sums { key: String, reason: String },
+    #[error("fetching was stopped")]
+    Stopped,
+}
+
+impl FetchError {
+    /// Whether the reader lacks a permission (EACCES) rather than the bytes (EIO).
+    pub fn is_denied(&self) -> bool {
+        matches!(self, Self::Origin(error) if matches!(**error, OriginError::Denied { .. } | OriginError::Credentials { .. }))
     }
+}
+
+/// How many blocks an object has: for callers that warm whole objects.
+pub fn blocks_of(object: &FetchObject) -> u64 {
+    block_count(object.source.size)
 }

@@ -941,3 +941,6 @@ impl std::fmt::Debug for Store {
         f.debug_tuple("Store").field(&self.inner.shown).finish()
     }
 }
+
+#[cfg(test)]
+mod tests;

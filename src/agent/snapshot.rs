@@ -199,7 +199,6 @@ impl Sources for TreeSources {
             key: object.key,
             pin: object.pin,
             size: object.size,
-            digest: object.digest,
             sums: self.sums.as_ref().map(|sums| sums.of(number)),
         })
     }

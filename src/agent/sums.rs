@@ -12,7 +12,7 @@ use crate::{
     digest::BlockSum,
     fetch::{BlockSums, FetchError},
     origin::{OriginError, Pin, Store},
-    tree::{ObjectNo, SumFrame, Tree},
+    tree::{ObjectNo, SumFrame, Tree, TreeError},
 };
 
 /// Verified frames kept in memory. One covers 512 MiB of data: the last 32 GiB for 4 MiB of memory.
@@ -47,7 +47,7 @@ impl SumsPart {
     }
 
     async fn frame(&self, frame: &SumFrame) -> Result<Vec<BlockSum>, FetchError> {
-        let damaged = |source| FetchError::Sums { key: self.key.clone(), source: Arc::new(source) };
+        let damaged = |error: TreeError| self.failed(&error);
         if let Some(bytes) = self.kept(frame) {
             return frame.pick(&bytes).map_err(damaged);
         }
@@ -58,7 +58,7 @@ impl SumsPart {
         let mut tries = 0;
         loop {
             tries += 1;
-            let bytes = self.fetch(frame.range.clone()).await.map_err(FetchError::from)?;
+            let bytes = self.fetch(frame.range.clone()).await.map_err(|error| FetchError::Origin(Arc::new(error)))?;
             match frame.sums(&bytes) {
                 Ok(sums) => {
                     self.frames.lock().put(frame.number, bytes);
@@ -68,6 +68,10 @@ impl SumsPart {
                 Err(error) => return Err(damaged(error)),
             }
         }
+    }
+
+    fn failed(&self, error: &TreeError) -> FetchError {
+        FetchError::Sums { key: self.key.clone(), reason: error.to_string() }
     }
 
     fn kept(&self, frame: &SumFrame) -> Option<Bytes> {
@@ -92,10 +96,7 @@ struct ObjectSums {
 #[async_trait]
 impl BlockSums for ObjectSums {
     async fn sums(&self, blocks: Range<u64>) -> Result<Vec<BlockSum>, FetchError> {
-        let frames = self.part.tree.sum_frames(self.object, blocks).map_err(|source| FetchError::Sums {
-            key: self.part.key.clone(),
-            source: Arc::new(source),
-        })?;
+        let frames = self.part.tree.sum_frames(self.object, blocks).map_err(|error| self.part.failed(&error))?;
         let mut sums = Vec::new();
         for frame in &frames {
             sums.extend(self.part.frame(frame).await?);

@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 
 use super::content::{Content, ReadError};
 use crate::{
+    block::blocks_covering,
     fetch::{FetchObject, Fetcher, Source, Streams},
     tree::{Ino, ObjectNo, TreeError},
 };
@@ -59,7 +60,7 @@ impl<S: Sources> Fetched<S> {
 #[async_trait]
 impl<S: Sources> Content for Fetched<S> {
     fn read_cached(&self, object: ObjectNo, range: Range<u64>, buf: &mut Vec<u8>) -> bool {
-        self.object(object).is_ok_and(|object| self.fetcher.read_cached(&object, range, buf))
+        self.object(object).is_ok_and(|object| self.fetcher.read_cached(&object, range, buf).is_some())
     }
 
     async fn read(&self, object: ObjectNo, range: Range<u64>) -> Result<Bytes, ReadError> {
@@ -74,7 +75,13 @@ impl<S: Sources> Content for Fetched<S> {
     }
 
     fn cached_bytes(&self, object: ObjectNo, range: Range<u64>) -> u64 {
-        self.object(object).map_or(0, |object| object.cached_bytes(range))
+        let Ok(object) = self.object(object) else { return 0 };
+        let Some(cached) = object.cached() else { return 0 };
+        let absent = cached.missing(blocks_covering(&range)).into_iter().map(|block| {
+            let bytes = block.byte_range(object.size());
+            bytes.end.min(range.end).saturating_sub(bytes.start.max(range.start))
+        });
+        (range.end - range.start).saturating_sub(absent.sum())
     }
 
     fn seal(&self, object: ObjectNo) -> Option<Arc<File>> {

@@ -114,6 +114,8 @@ pub(super) fn build(
             }
             let store = builder
                 .with_bucket_name(&bucket)
+                // One object at a time is deleted here, and not every S3 knows the bulk request.
+                .with_disable_bulk_delete(true)
                 .with_retry(retry)
                 .with_http_connector(connector())
                 .build()

@@ -168,12 +168,10 @@ fn redacted(text: &str) -> String {
 
 impl fmt::Display for StoreUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.0.as_str().trim_end_matches('/'))?;
         if self.0.scheme() == "file" && self.0.path() == "/" {
-            f.write_str("/")
-        } else {
-            Ok(())
+            return f.write_str("file:///");
         }
+        f.write_str(self.0.as_str().trim_end_matches('/'))
     }
 }
 

@@ -1,0 +1,309 @@
+//! Guessing what will be read next, from what was read.
+//!
+//! Owns the detection of streams: sequential, backward and strided, several at once on one inode. Knows
+//! nothing of fetching: it turns reads into ranges worth having.
+
+use std::ops::Range;
+
+use parking_lot::Mutex;
+
+use crate::block::{BLOCK_SIZE, EXTENT_SIZE};
+
+/// Readahead state of one inode: several streams.
+#[derive(Debug, Default)]
+pub struct Streams {
+    streams: Mutex<Vec<Stream>>,
+}
+
+/// More readers than this on one inode share their guesses.
+const MOST_STREAMS: usize = 16;
+/// How far from its expected place a read still belongs to a stream: the kernel sends the parts of one
+/// readahead out of order, and readers skip small headers.
+const SLACK: u64 = 512 << 10;
+const FIRST_WINDOW: u64 = 1 << 20;
+/// A first read of this length at the start of a file comes from a sequential reader's kernel readahead;
+/// random readers ask for less.
+const TELLING_LENGTH: u64 = 64 << 10;
+
+#[derive(Debug)]
+struct Stream {
+    last: Range<u64>,
+    /// The furthest byte read, in the stream's direction.
+    front: u64,
+    /// How far ahead was asked for already, in the stream's direction.
+    asked: u64,
+    step: i64,
+    confirmed: u32,
+    window: u64,
+}
+
+impl Streams {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// What to fetch after a read of `range`, within `bounds`; `largest` bounds the window.
+    pub(super) fn advise(
+        &self,
+        range: &Range<u64>,
+        bounds: &Range<u64>,
+        largest: u64,
+    ) -> Vec<Range<u64>> {
+        if range.is_empty() || largest < BLOCK_SIZE {
+            return Vec::new();
+        }
+        let mut streams = self.streams.lock();
+        let (ahead, at) = Self::follow(&mut streams, range, bounds, largest);
+        // The most recently used stream stands last; the first is the one to forget.
+        let stream = streams.remove(at);
+        streams.push(stream);
+        ahead
+    }
+
+    fn follow(
+        streams: &mut Vec<Stream>,
+        range: &Range<u64>,
+        bounds: &Range<u64>,
+        largest: u64,
+    ) -> (Vec<Range<u64>>, usize) {
+        let clip = |wanted: Range<u64>| {
+            let clipped = wanted.start.max(bounds.start)..wanted.end.min(bounds.end);
+            if clipped.is_empty() {
+                Vec::new()
+            } else {
+                vec![clipped]
+            }
+        };
+        // Forward: the read starts where the stream stands, give or take.
+        let forward = streams.iter().rposition(|s| {
+            s.step >= 0
+                && range.start + SLACK >= s.front
+                && range.start <= s.front + SLACK
+                && range.end + SLACK > s.front
+        });
+        if let Some(at) = forward {
+            let stream = &mut streams[at];
+            let advanced = range.end > stream.front;
+            stream.front = stream.front.max(range.end);
+            stream.last = range.clone();
+            if !advanced {
+                return (Vec::new(), at);
+            }
+            stream.confirmed += 1;
+            stream.step = 0;
+            if range.end - range.start < TELLING_LENGTH && stream.confirmed < 3 {
+                // Two small reads near each other are a coincidence among random readers.
+                return (Vec::new(), at);
+            }
+            stream.window = if stream.window == 0 {
+                FIRST_WINDOW
+            } else {
+                stream.window
+            };
+            stream.asked = stream.asked.max(stream.front);
+            // Asked for in large pieces, when half of what was asked is used up.
+            if stream.asked - stream.front > stream.window / 2 {
+                return (Vec::new(), at);
+            }
+            let from = stream.asked;
+            stream.asked = stream.front + stream.window;
+            stream.window = (stream.window * 2).min(largest);
+            return (clip(from..stream.asked), at);
+        }
+        // Backward: the read ends where the stream starts.
+        let backward = streams.iter().rposition(|s| {
+            s.step <= 0
+                && range.start < s.last.start
+                && range.end + SLACK.min(BLOCK_SIZE) >= s.last.start
+        });
+        if let Some(at) = backward {
+            let stream = &mut streams[at];
+            if stream.step >= 0 {
+                stream.asked = range.start;
+                stream.step = -1;
+                stream.window = 0;
+            }
+            stream.last = range.clone();
+            stream.front = range.start;
+            stream.confirmed += 1;
+            if stream.confirmed < 2 {
+                return (Vec::new(), at);
+            }
+            stream.window = if stream.window == 0 {
+                FIRST_WINDOW
+            } else {
+                stream.window
+            };
+            stream.asked = stream.asked.min(range.start);
+            if range.start - stream.asked > stream.window / 2 {
+                return (Vec::new(), at);
+            }
+            let to = stream.asked;
+            stream.asked = range.start.saturating_sub(stream.window);
+            stream.window = (stream.window * 2).min(largest);
+            return (clip(stream.asked..to), at);
+        }
+        // Strided: the same jump as the last time, twice over.
+        let jump = |s: &Stream| range.start as i64 - s.last.start as i64;
+        if let Some(at) = streams
+            .iter()
+            .rposition(|s| s.step != 0 && s.step != -1 && s.step == jump(s))
+        {
+            let stream = &mut streams[at];
+            stream.last = range.clone();
+            stream.front = range.end;
+            stream.confirmed += 1;
+            if stream.confirmed < 3 {
+                return (Vec::new(), at);
+            }
+            // Blocks, not extents: a stride's gaps are not wanted.
+            let depth = i64::from(stream.confirmed.min(16));
+            let length = range.end - range.start;
+            let ahead = (1..=depth)
+                .take_while(|n| *n as u64 * length.max(BLOCK_SIZE) <= largest)
+                .filter_map(|n| range.start.checked_add_signed(stream.step.checked_mul(n)?))
+                .flat_map(|start| clip(start..start.saturating_add(length)))
+                .collect();
+            return (ahead, at);
+        }
+        // A stream that stood still learns its stride from its second read.
+        if let Some(at) = streams
+            .iter()
+            .rposition(|s| s.confirmed == 0 && s.step == 0 && jump(s).unsigned_abs() > SLACK)
+        {
+            if streams.len() >= MOST_STREAMS / 2 || streams.len() == 1 {
+                let stream = &mut streams[at];
+                stream.step = jump(stream);
+                stream.last = range.clone();
+                stream.front = range.end;
+                stream.confirmed = 1;
+                stream.window = 0;
+                // It may as well be a new reader: forward from here is recognised by `step` 0 only.
+                return (Vec::new(), at);
+            }
+        }
+        if streams.len() >= MOST_STREAMS {
+            streams.remove(0);
+        }
+        let telling = range.start == bounds.start && range.end - range.start >= TELLING_LENGTH;
+        let window = if telling {
+            FIRST_WINDOW.min(largest)
+        } else {
+            0
+        };
+        streams.push(Stream {
+            last: range.clone(),
+            front: range.end,
+            asked: range.end + window,
+            step: 0,
+            confirmed: 0,
+            window,
+        });
+        (
+            if telling {
+                clip(range.end..range.end + window)
+            } else {
+                Vec::new()
+            },
+            streams.len() - 1,
+        )
+    }
+}
+
+/// Cuts a range into pieces to be fetched in parallel: at least a mebibyte each, at most an extent, ends on
+/// block boundaries.
+pub(super) fn pieces(blocks: Range<u64>, connections: u64) -> impl Iterator<Item = Range<u64>> {
+    let count = blocks.end.saturating_sub(blocks.start);
+    let smallest = (1 << 20) / BLOCK_SIZE;
+    let piece = count
+        .div_ceil(connections.max(1))
+        .clamp(smallest, EXTENT_SIZE / BLOCK_SIZE);
+    (0..count.div_ceil(piece)).map(move |n| {
+        let start = blocks.start + n * piece;
+        start..(start + piece).min(blocks.end)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const WHOLE: Range<u64> = 0..1 << 40;
+    const LARGEST: u64 = 64 << 20;
+
+    fn asked(reads: impl IntoIterator<Item = Range<u64>>) -> u64 {
+        let streams = Streams::new();
+        reads
+            .into_iter()
+            .flat_map(|read| streams.advise(&read, &WHOLE, LARGEST))
+            .map(|r| r.end - r.start)
+            .sum()
+    }
+
+    #[test]
+    fn sequential_readers_get_a_doubling_window_without_gaps() {
+        let streams = Streams::new();
+        let mut covered = 0;
+        let mut furthest = 0;
+        for n in 0..4000u64 {
+            let read = n * BLOCK_SIZE..(n + 1) * BLOCK_SIZE;
+            for ahead in streams.advise(&read, &WHOLE, LARGEST) {
+                assert!(
+                    ahead.start <= covered.max(read.end),
+                    "a gap before {ahead:?}"
+                );
+                covered = covered.max(ahead.end);
+            }
+            furthest = furthest.max(covered - read.end);
+        }
+        assert!(furthest >= LARGEST / 2 && furthest <= LARGEST, "{furthest}");
+    }
+
+    #[test]
+    fn random_small_reads_ask_for_nothing() {
+        // Far apart, never the same distance twice.
+        let reads = (1..200u64).map(|n| {
+            let start = (n * n * 7_919 % 10_007) * (64 << 20);
+            start..start + 4096
+        });
+        assert_eq!(asked(reads), 0);
+    }
+
+    #[test]
+    fn backward_and_strided_readers_are_followed() {
+        let back = (0..100u64).map(|n| {
+            let end = (1000 - n) * BLOCK_SIZE;
+            end - BLOCK_SIZE..end
+        });
+        assert!(asked(back) >= 50 * BLOCK_SIZE);
+        let strided = (0..20u64).map(|n| n * (10 << 20)..n * (10 << 20) + 4096);
+        let got = asked(strided);
+        assert!(got > 0 && got < 20 * 16 * BLOCK_SIZE, "{got}");
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_cover_exactly(start in 0u64..1000, count in 0u64..5000, connections in 1u64..64) {
+            let mut at = start;
+            for piece in pieces(start..start + count, connections) {
+                prop_assert_eq!(piece.start, at);
+                prop_assert!(piece.end - piece.start <= EXTENT_SIZE / BLOCK_SIZE && piece.end > piece.start);
+                at = piece.end;
+            }
+            prop_assert_eq!(at, start + count);
+        }
+
+        #[test]
+        fn advice_stays_within_bounds(reads in prop::collection::vec((0u64..1 << 30, 1u64..1 << 20), 1..100)) {
+            let streams = Streams::new();
+            let bounds = 1 << 20..1 << 29;
+            for (start, length) in reads {
+                for ahead in streams.advise(&(start..start + length), &bounds, LARGEST) {
+                    prop_assert!(ahead.start >= bounds.start && ahead.end <= bounds.end && !ahead.is_empty());
+                }
+            }
+        }
+    }
+}
