@@ -59,7 +59,8 @@ impl<S: Sources> Fetched<S> {
 #[async_trait]
 impl<S: Sources> Content for Fetched<S> {
     fn read_cached(&self, object: ObjectNo, range: Range<u64>, buf: &mut Vec<u8>) -> bool {
-        self.object(object).is_ok_and(|object| self.fetcher.read_cached(&object, range, buf))
+        self.object(object)
+            .is_ok_and(|object| self.fetcher.read_cached(&object, range, buf))
     }
 
     async fn read(&self, object: ObjectNo, range: Range<u64>) -> Result<Bytes, ReadError> {
