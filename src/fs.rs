@@ -312,9 +312,7 @@ impl GridFs {
         };
         let content = &self.snapshot.content;
         let wanted = place.range.end - place.range.start;
-        if !content.read_cached(place.object, place.range.clone(), buf)
-            || buf.len() as u64 != wanted
-        {
+        if !content.read_cached(place.object, place.range.clone(), buf) || buf.len() as u64 != wanted {
             return Ok(false);
         }
         content.advise(ino, place.object, place.range, place.file);
@@ -328,11 +326,10 @@ impl GridFs {
         };
         let content = &self.snapshot.content;
         // Joined in this order, so that the request somebody waits for is known before what follows it.
-        let (bytes, ()) =
-            futures::future::join(content.read(place.object, place.range.clone()), async {
-                content.advise(ino, place.object, place.range.clone(), place.file.clone());
-            })
-            .await;
+        let (bytes, ()) = futures::future::join(content.read(place.object, place.range.clone()), async {
+            content.advise(ino, place.object, place.range.clone(), place.file.clone());
+        })
+        .await;
         let failed = |source| FsError::Read {
             path: self.path_for_people(ino),
             source,

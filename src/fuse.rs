@@ -26,13 +26,15 @@ mod io_mode;
 mod mountinfo;
 mod mounting;
 mod open_inodes;
+mod open_table;
+mod resume;
 mod server;
 
 pub use counters::{Counters, Operation};
 pub use holders::Holder;
 pub use io_mode::{ChosenIoMode, IoMode, IoModeWish};
 pub use mountinfo::{DeviceNo, MountLine, mounts};
-use server::Server;
+use server::{Opens, Server};
 
 /// What `df` and `mount` show as the type: `fuse.grid-mount`.
 pub const SUBTYPE: &str = "grid-mount";
@@ -53,24 +55,22 @@ pub struct MountOptions {
     pub threads: usize,
     /// Readahead of the kernel in KiB, where this process may set it (root).
     pub readahead_kib: u32,
+    /// Where to write down which inodes are open: what passthrough needs to be resumed. A file of this
+    /// mount alone, on a memory file system; the caller removes it when the mount is gone.
+    pub open_table: Option<PathBuf>,
 }
 
 impl MountOptions {
-    pub fn new(
-        mount_point: impl Into<PathBuf>,
-        reference: impl Into<String>,
-        owner: Owner,
-    ) -> Self {
+    pub fn new(mount_point: impl Into<PathBuf>, reference: impl Into<String>, owner: Owner) -> Self {
         Self {
             mount_point: mount_point.into(),
             reference: reference.into(),
             io_mode: IoModeWish::Auto,
             share: false,
             owner,
-            threads: thread::available_parallelism()
-                .map_or(2, usize::from)
-                .clamp(2, 8),
+            threads: thread::available_parallelism().map_or(2, usize::from).clamp(2, 8),
             readahead_kib: 4096,
+            open_table: None,
         }
     }
 }
@@ -93,9 +93,7 @@ pub enum MountError {
     NoMountPoint { path: PathBuf },
     #[error("the mount point {path} is not a directory")]
     NotADirectory { path: PathBuf },
-    #[error(
-        "the mount point {path} is not empty; name an empty directory or one that does not exist yet"
-    )]
+    #[error("the mount point {path} is not empty; name an empty directory or one that does not exist yet")]
     NotEmpty { path: PathBuf },
     #[error("{path} is a mount whose server is gone; unmount it first: `umount -l {path}`")]
     Stale { path: PathBuf },
@@ -111,6 +109,10 @@ pub enum MountError {
         "there is no /dev/fuse here; load the kernel's module (`modprobe fuse`), or give the container the device (`--device /dev/fuse`)"
     )]
     NoDevice,
+    #[error(
+        "/dev/fuse is closed to ordinary users here; ask the administrator to open it (`chmod 666 /dev/fuse`)"
+    )]
+    DeviceNotPermitted,
     #[error("this process may not open /dev/fuse")]
     Device(#[source] io::Error),
     #[error(
@@ -135,6 +137,18 @@ pub enum MountError {
     Handshake(#[source] io::Error),
     #[error("starting a thread")]
     Thread(#[source] io::Error),
+    #[error("the table of open files {path}")]
+    OpenTable {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("the mount on {path} cannot be resumed")]
+    Resume {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -160,11 +174,7 @@ fn held_by(holders: &[Holder]) -> String {
     if holders.is_empty() {
         return " (by a process that this user may not look at)".into();
     }
-    let mut text: Vec<String> = holders
-        .iter()
-        .take(SHOWN)
-        .map(ToString::to_string)
-        .collect();
+    let mut text: Vec<String> = holders.iter().take(SHOWN).map(ToString::to_string).collect();
     if holders.len() > SHOWN {
         text.push(format!("{} more", holders.len() - SHOWN));
     }
@@ -243,7 +253,7 @@ fn mount_detached(
     attach: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>,
 ) -> Result<Mounted, MountError> {
     let mounting::Detached { session, mount } = detached;
-    let mut mounted = serve(fs, options, Way::Kernel, session, runtime, None)?;
+    let mut mounted = begin(fs, options, Way::Kernel, session, runtime)?;
     // Until it is attached, closing the detached mount is what ends it.
     mounted.left = true;
     mounted.device = mountinfo::device_of(mount.as_fd()).map_err(|source| MountError::Kernel {
@@ -259,43 +269,74 @@ fn mount_detached(
     Ok(mounted)
 }
 
-fn mount_by_fusermount(
-    fs: GridFs,
-    options: MountOptions,
-    runtime: &Handle,
-) -> Result<Mounted, MountError> {
+fn mount_by_fusermount(fs: GridFs, options: MountOptions, runtime: &Handle) -> Result<Mounted, MountError> {
     let session = fusermount::mount(&options)?;
     let mount_point = options.mount_point.clone();
-    let served =
-        serve(fs, options, Way::Fusermount, session, runtime, None).and_then(|mut mounted| {
-            mounted.device =
-                mountinfo::device_at(&mount_point).map_err(|source| MountError::Kernel {
-                    doing: "asking for its device number",
-                    source,
-                })?;
-            Ok(mounted)
-        });
+    let served = begin(fs, options, Way::Fusermount, session, runtime).and_then(|mut mounted| {
+        mounted.device = mountinfo::device_at(&mount_point).map_err(|source| MountError::Kernel {
+            doing: "asking for its device number",
+            source,
+        })?;
+        Ok(mounted)
+    });
     if served.is_err() {
         fusermount::unmount(&mount_point, true).ok();
     }
     served
 }
 
-/// Shakes hands on `session` and starts the threads that serve it.
-fn serve(
+/// Goes on with a mount whose agent is gone: `connection` is a duplicate of its descriptor, `handshake`
+/// what was agreed with the kernel. What waits in the kernel is answered from here on. The process that
+/// served the mount before must be gone or have stopped reading. Blocking.
+pub fn resume(
     fs: GridFs,
     options: MountOptions,
-    way: Way,
+    connection: OwnedFd,
+    (handshake, device, way): (Handshake, DeviceNo, Way),
+    runtime: &Handle,
+) -> Result<Mounted, MountError> {
+    let failed = |source| MountError::Resume {
+        path: options.mount_point.clone(),
+        source,
+    };
+    let rehearsal = resume::rehearse(&handshake).map_err(failed)?;
+    let resume::Rehearsal { session, kernel } = rehearsal;
+    let ready = shake_hands(fs, &options, session, runtime, Some(handshake))?;
+    drop(kernel);
+    resume::take_over(ready.session.as_fd(), connection.as_fd()).map_err(failed)?;
+    if let Err(error) = resume::resend(connection.as_fd()) {
+        tracing::warn!(%error, "this kernel cannot resend; requests that were under way are lost");
+    }
+    serve(options, way, device, connection, ready)
+}
+
+/// A session that has shaken hands and does not read yet.
+struct Ready {
+    session: fuser::Session<Server>,
+    handshake: Handshake,
+    counters: Arc<Counters>,
+}
+
+fn shake_hands(
+    fs: GridFs,
+    options: &MountOptions,
     session: OwnedFd,
     runtime: &Handle,
     resumed: Option<Handshake>,
-) -> Result<Mounted, MountError> {
-    let descriptor = session.try_clone().map_err(MountError::Handshake)?;
+) -> Result<Ready, MountError> {
     let counters = Arc::new(Counters::default());
     let handshake = Arc::new(Mutex::new(None));
+    let opens = match &options.open_table {
+        None => Opens::default(),
+        Some(path) => Opens::written_to(path).map_err(|source| MountError::OpenTable {
+            path: path.clone(),
+            source,
+        })?,
+    };
     let server = Server::new(
         fs,
         options.io_mode,
+        opens,
         counters.clone(),
         runtime.clone(),
         resumed,
@@ -308,10 +349,29 @@ fn serve(
     // The kernel enforces `user_id`; fuser would compare with the uid of this process.
     let session = fuser::Session::from_fd(server, session, fuser::SessionACL::All, config)
         .map_err(MountError::Handshake)?;
-    let handshake = handshake
-        .lock()
-        .clone()
-        .ok_or_else(|| MountError::Handshake(io::Error::other("INIT was not answered")))?;
+    let handshake = handshake.lock().clone();
+    let handshake =
+        handshake.ok_or_else(|| MountError::Handshake(io::Error::other("INIT was not answered")))?;
+    Ok(Ready {
+        session,
+        handshake,
+        counters,
+    })
+}
+
+/// Starts the threads that serve a session.
+fn serve(
+    options: MountOptions,
+    way: Way,
+    device: DeviceNo,
+    descriptor: OwnedFd,
+    ready: Ready,
+) -> Result<Mounted, MountError> {
+    let Ready {
+        session,
+        handshake,
+        counters,
+    } = ready;
     let (tell, ended) = watch::channel(None);
     thread::Builder::new()
         .name("grid-session".into())
@@ -326,13 +386,26 @@ fn serve(
     Ok(Mounted {
         options,
         way,
-        device: DeviceNo::default(),
+        device,
         descriptor,
         handshake,
         counters,
         ended,
         left: false,
     })
+}
+
+/// Shakes hands on a new connection and starts the threads that serve it.
+fn begin(
+    fs: GridFs,
+    options: MountOptions,
+    way: Way,
+    session: OwnedFd,
+    runtime: &Handle,
+) -> Result<Mounted, MountError> {
+    let descriptor = session.try_clone().map_err(MountError::Handshake)?;
+    let ready = shake_hands(fs, &options, session, runtime, None)?;
+    serve(options, way, DeviceNo::default(), descriptor, ready)
 }
 
 impl Mounted {

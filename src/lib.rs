@@ -14,6 +14,7 @@ pub mod digest;
 pub mod fetch;
 pub mod fs;
 pub mod fuse;
+pub mod handover;
 pub mod origin;
 pub mod publish;
 pub mod reference;

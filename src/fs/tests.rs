@@ -10,10 +10,7 @@ use crate::{
     tree::{Object, builder::TreeBuilder, unpack},
 };
 
-const OWNER: Owner = Owner {
-    uid: 1000,
-    gid: 1001,
-};
+const OWNER: Owner = Owner { uid: 1000, gid: 1001 };
 
 /// Objects in memory; the first `cached` bytes of each are at hand.
 #[derive(Default)]
@@ -30,9 +27,7 @@ impl Content for InMemory {
     fn read_cached(&self, object: ObjectNo, range: Range<u64>, buf: &mut Vec<u8>) -> bool {
         let hit = range.end <= self.cached.load(Relaxed);
         if hit {
-            buf.extend_from_slice(
-                &self.objects[object.0 as usize][range.start as usize..range.end as usize],
-            );
+            buf.extend_from_slice(&self.objects[object.0 as usize][range.start as usize..range.end as usize]);
         }
         hit
     }
@@ -89,9 +84,7 @@ fn sample(content: InMemory) -> (GridFs, Arc<InMemory>) {
     builder
         .add_file(b"whole", 0o644, at(6), 100, place(whole, 0), None)
         .unwrap();
-    builder
-        .add_file(b"empty", 0o644, at(7), 0, None, None)
-        .unwrap();
+    builder.add_file(b"empty", 0o644, at(7), 0, None, None).unwrap();
     builder.add_symlink(b"link", 0o777, at(8), b"d/b").unwrap();
     let built = builder.finish(dir.path()).unwrap();
     let rows = dir.path().join("rows");
@@ -186,14 +179,8 @@ fn attributes_are_as_published_and_links_count_directories() {
 fn absence_is_an_answer_and_failure_is_not_absence() {
     let (fs, _) = sample(bytes());
     assert_eq!(fs.lookup(Ino(1), b"nothing").unwrap(), None);
-    assert!(matches!(
-        fs.lookup(Ino(99), b"a"),
-        Err(FsError::NoSuchInode(99))
-    ));
-    assert!(matches!(
-        fs.lookup(Ino(0), b"a"),
-        Err(FsError::NoSuchInode(0))
-    ));
+    assert!(matches!(fs.lookup(Ino(99), b"a"), Err(FsError::NoSuchInode(99))));
+    assert!(matches!(fs.lookup(Ino(0), b"a"), Err(FsError::NoSuchInode(0))));
     assert!(matches!(
         fs.lookup(Ino(u64::MAX), b"a"),
         Err(FsError::NoSuchInode(_))
@@ -206,10 +193,7 @@ fn absence_is_an_answer_and_failure_is_not_absence() {
         fs.lookup(Ino(1), &[b'n'; 256]),
         Err(FsError::NameTooLong(256))
     ));
-    assert!(matches!(
-        fs.readlink(ino(&fs, "a")),
-        Err(FsError::NotASymlink)
-    ));
+    assert!(matches!(fs.readlink(ino(&fs, "a")), Err(FsError::NotASymlink)));
     assert!(matches!(
         fs.read_cached(Ino(1), 0, 1, &mut Vec::new()),
         Err(FsError::IsADirectory)
@@ -271,10 +255,7 @@ async fn reads_give_the_files_bytes_from_either_path() {
                     .saturating_add(length)
                     .min(expected.len() as u64)
                     .max(from as u64) as usize;
-                assert_eq!(
-                    fs.read(ino, offset, length).await.unwrap(),
-                    expected[from..to]
-                );
+                assert_eq!(fs.read(ino, offset, length).await.unwrap(), expected[from..to]);
                 for cached in [0, 250, 500] {
                     content.cached.store(cached, Relaxed);
                     let mut buf = vec![1, 2, 3];
@@ -300,10 +281,7 @@ async fn what_is_too_short_is_an_error_and_names_the_file() {
     assert!(matches!(
         error,
         FsError::Read {
-            source: ReadError::Length {
-                wanted: 20,
-                got: 19
-            },
+            source: ReadError::Length { wanted: 20, got: 19 },
             ..
         }
     ));
@@ -366,8 +344,7 @@ fn extended_attributes_say_where_bytes_come_from() {
         .filter(|name| !name.is_empty())
         .collect();
     listed.sort_unstable();
-    let expected =
-        ["cached", "digest", "etag", "key", "reference"].map(|name| format!("user.grid.{name}"));
+    let expected = ["cached", "digest", "etag", "key", "reference"].map(|name| format!("user.grid.{name}"));
     assert_eq!(listed, expected.each_ref().map(|name| name.as_bytes()));
     assert_eq!(fs.xattr_names(ino(&fs, "link")).unwrap(), b"");
 }

@@ -43,9 +43,7 @@ impl GridFs {
         match self.entry(ino)?.kind {
             // Linux knows no `user.*` attributes on symbolic links.
             EntryKind::Symlink { .. } => Ok(Vec::new()),
-            EntryKind::Directory { .. } | EntryKind::File { content: None, .. } => {
-                Ok(vec![reference])
-            }
+            EntryKind::Directory { .. } | EntryKind::File { content: None, .. } => Ok(vec![reference]),
             EntryKind::File {
                 size,
                 content: Some(content),

@@ -53,9 +53,7 @@ pub(super) fn mount(options: &MountOptions) -> Result<OwnedFd, MountError> {
     drop(theirs);
     // fusermount3 sends the descriptor or exits; either way this ends.
     let received = receive(&ours);
-    let output = child
-        .wait_with_output()
-        .map_err(MountError::RunFusermount)?;
+    let output = child.wait_with_output().map_err(MountError::RunFusermount)?;
     match received {
         Ok(session) if output.status.success() => Ok(session),
         Ok(_) | Err(_) => Err(refusal(options, &output)),
@@ -91,6 +89,8 @@ fn refusal(options: &MountOptions, output: &Output) -> MountError {
     let path = options.mount_point.clone();
     if said.contains("user_allow_other") {
         MountError::ShareNotAllowed
+    } else if said.contains("failed to open /dev/fuse: Permission denied") {
+        MountError::DeviceNotPermitted
     } else if said.contains("no write access to mountpoint") || said.contains("not owned by user") {
         MountError::NotOwned { path }
     } else {

@@ -34,9 +34,7 @@ pub(super) fn holders(mount_point: &Path, device: Option<DeviceNo>) -> Vec<Holde
     let mut found: Vec<Holder> = mountinfo::mounts()
         .unwrap_or_default()
         .into_iter()
-        .filter(|mount| {
-            mount.mount_point != mount_point && mount.mount_point.starts_with(mount_point)
-        })
+        .filter(|mount| mount.mount_point != mount_point && mount.mount_point.starts_with(mount_point))
         .map(|mount| Holder {
             pid: 0,
             name: mount.mount_point.display().to_string(),
@@ -45,12 +43,7 @@ pub(super) fn holders(mount_point: &Path, device: Option<DeviceNo>) -> Vec<Holde
         .collect();
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     let mut pids: Vec<u32> = processes
-        .filter_map(|entry| {
-            entry
-                .file_name()
-                .to_str()
-                .and_then(|name| name.parse().ok())
-        })
+        .filter_map(|entry| entry.file_name().to_str().and_then(|name| name.parse().ok()))
         .collect();
     pids.sort_unstable();
     for pid in pids {
@@ -83,11 +76,7 @@ fn use_of(process: &Path, mount_point: &Path, device: Option<DeviceNo>) -> Optio
             return Some(format!("{what} {}", target.display()));
         }
     }
-    for descriptor in fs::read_dir(process.join("fd"))
-        .into_iter()
-        .flatten()
-        .flatten()
-    {
+    for descriptor in fs::read_dir(process.join("fd")).into_iter().flatten().flatten() {
         if let Some(target) = within(descriptor.path()) {
             return Some(format!("open {}", target.display()));
         }
@@ -106,9 +95,7 @@ fn mapped(line: &[u8], mount_point: &Path, device: Option<DeviceNo>) -> Option<S
     let path = fields.next()?;
     let ours = match device {
         Some(device) => on == format!("{:02x}:{:02x}", device.major, device.minor),
-        None => path
-            .as_bytes()
-            .starts_with(mount_point.as_os_str().as_bytes()),
+        None => path.as_bytes().starts_with(mount_point.as_os_str().as_bytes()),
     };
     ours.then(|| format!("mapped {path}"))
 }
@@ -119,10 +106,7 @@ mod tests {
 
     #[test]
     fn mappings_are_told_by_their_device() {
-        let device = DeviceNo {
-            major: 0,
-            minor: 42,
-        };
+        let device = DeviceNo { major: 0, minor: 42 };
         let line = b"7f00-7f01 r--p 00000000 00:2a 17                 /mnt/file";
         assert_eq!(
             mapped(line, Path::new("/mnt"), Some(device)).as_deref(),
@@ -132,10 +116,7 @@ mod tests {
             mapped(line, Path::new("/mnt"), None).as_deref(),
             Some("mapped /mnt/file")
         );
-        let other = DeviceNo {
-            major: 0,
-            minor: 43,
-        };
+        let other = DeviceNo { major: 0, minor: 43 };
         assert_eq!(mapped(line, Path::new("/mnt"), Some(other)), None);
         assert_eq!(
             mapped(b"7f00-7f01 r--p 00000000 00:00 0", Path::new("/mnt"), None),

@@ -75,10 +75,9 @@ pub(super) fn choose(wish: IoModeWish, totals: &Totals, abilities: Abilities) ->
             IoMode::Passthrough,
             format!("files are large ({mean} bytes on average)"),
         ),
-        (IoModeWish::Auto | IoModeWish::NoOpen, _) if !abilities.no_open => chosen(
-            IoMode::KeepCache,
-            "this kernel wants every open answered".into(),
-        ),
+        (IoModeWish::Auto | IoModeWish::NoOpen, _) if !abilities.no_open => {
+            chosen(IoMode::KeepCache, "this kernel wants every open answered".into())
+        }
         (IoModeWish::NoOpen, _) => chosen(IoMode::NoOpen, "asked for".into()),
         (IoModeWish::Auto, Some(why)) if mean >= LARGE_MEAN => chosen(
             IoMode::NoOpen,
@@ -135,15 +134,9 @@ mod tests {
         assert_eq!(mode(IoModeWish::Auto, &small, ALL), IoMode::NoOpen);
         assert_eq!(mode(IoModeWish::Auto, &empty, ALL), IoMode::NoOpen);
         assert_eq!(mode(IoModeWish::NoOpen, &large, ALL), IoMode::NoOpen);
-        assert_eq!(
-            mode(IoModeWish::Passthrough, &small, ALL),
-            IoMode::Passthrough
-        );
+        assert_eq!(mode(IoModeWish::Passthrough, &small, ALL), IoMode::Passthrough);
         for abilities in [
-            Abilities {
-                admin: false,
-                ..ALL
-            },
+            Abilities { admin: false, ..ALL },
             Abilities {
                 passthrough: false,
                 ..ALL

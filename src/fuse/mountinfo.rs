@@ -53,10 +53,7 @@ pub struct MountLine {
 /// The mounts of this process's namespace, in the order they were made.
 pub fn mounts() -> io::Result<Vec<MountLine>> {
     let text = std::fs::read("/proc/self/mountinfo")?;
-    Ok(text
-        .split(|byte| *byte == b'\n')
-        .filter_map(parse)
-        .collect())
+    Ok(text.split(|byte| *byte == b'\n').filter_map(parse).collect())
 }
 
 fn parse(line: &[u8]) -> Option<MountLine> {
@@ -143,23 +140,12 @@ mod tests {
     fn lines_are_read_with_their_escapes() {
         let line = br"36 35 0:42 / /mnt/a\040b\134c ro,nosuid shared:1 master:2 - fuse.grid-mount alice:x/3 ro,user_id=0";
         let mount = parse(line).unwrap();
-        assert_eq!(
-            mount.device,
-            DeviceNo {
-                major: 0,
-                minor: 42
-            }
-        );
+        assert_eq!(mount.device, DeviceNo { major: 0, minor: 42 });
         assert_eq!(mount.mount_point, Path::new(r"/mnt/a b\c"));
         assert_eq!(mount.kind, "fuse.grid-mount");
         assert_eq!(mount.source, "alice:x/3");
         assert_eq!(mount.options, "ro,user_id=0");
-        for bad in [
-            &b""[..],
-            b"1 2 3",
-            b"36 35 0:42 / /mnt",
-            br"1 2 x:y / / - a b c",
-        ] {
+        for bad in [&b""[..], b"1 2 3", b"36 35 0:42 / /mnt", br"1 2 x:y / / - a b c"] {
             assert_eq!(parse(bad), None);
         }
         assert_eq!(unescape(br"\9\04"), br"\9\04");

@@ -17,8 +17,7 @@ use std::{
 use nix::mount::{MntFlags, umount2};
 
 use super::{
-    DeviceNo, MountError, MountOptions, SUBTYPE, UnmountError, Way, fusermount, holders::holders,
-    mountinfo,
+    DeviceNo, MountError, MountOptions, SUBTYPE, UnmountError, Way, fusermount, holders::holders, mountinfo,
 };
 
 /// The directory the mount will cover.
@@ -207,12 +206,7 @@ pub(super) fn raise_readahead(device: DeviceNo, kib: u32) {
 
 /// Takes the mount of `device` away from wherever it is in this namespace; nothing to do if it is
 /// nowhere. `usual` is where it was put.
-pub(super) fn unmount(
-    device: DeviceNo,
-    usual: &Path,
-    way: Way,
-    lazy: bool,
-) -> Result<(), UnmountError> {
+pub(super) fn unmount(device: DeviceNo, usual: &Path, way: Way, lazy: bool) -> Result<(), UnmountError> {
     let mounts = mountinfo::mounts().map_err(|source| UnmountError::Kernel {
         path: usual.into(),
         source,

@@ -10,9 +10,7 @@ use std::collections::HashMap;
 use crate::tree::Ino;
 
 /// The kernel's number for a registered backing file.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
-)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 #[serde(transparent)]
 pub struct BackingNo(pub u32);
 
@@ -82,10 +80,7 @@ impl OpenInodes {
             }
         });
         open.count = open.count.map(|count| count + 1);
-        Opened {
-            way: open.way,
-            first,
-        }
+        Opened { way: open.way, first }
     }
 
     /// The kernel released one open.
@@ -107,10 +102,12 @@ impl OpenInodes {
         }
     }
 
+    #[cfg(test)]
     pub fn len(&self) -> usize {
         self.open.len()
     }
 
+    #[cfg(test)]
     pub fn is_empty(&self) -> bool {
         self.open.is_empty()
     }

@@ -17,11 +17,11 @@ use std::{
 };
 
 use fuser::{
-    AccessFlags, BackingId, BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle,
-    FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig,
-    LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyBmap, ReplyCreate, ReplyData,
-    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen,
-    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    AccessFlags, BackingId, BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType,
+    Filesystem, FopenFlags, Generation, INodeNo, InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags,
+    RenameFlags, ReplyAttr, ReplyBmap, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
+    ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request,
+    TimeOrNow, WriteFlags,
 };
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
@@ -32,6 +32,7 @@ use super::{
     errno::{errno, is_failure},
     io_mode::{self, Abilities, IoMode},
     open_inodes::{BackingNo, OpenInodes, Released, Way},
+    open_table::OpenTable,
 };
 use crate::{
     fs::{Attributes, FsError, GridFs, IO_SIZE, Kind, NAME_MAX, Room, STATFS_UNIT},
@@ -71,11 +72,26 @@ thread_local! {
     static ANSWER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// The backing files registered with the kernel, by number. Dropping one gives it back.
+/// What is open in passthrough mode.
 #[derive(Default)]
-struct Passthrough {
+pub(super) struct Opens {
     inodes: OpenInodes,
+    /// The backing files registered with the kernel. Dropping one gives it back. Those of an agent that
+    /// is gone are not among them: they stay registered until the mount ends.
     backings: HashMap<BackingNo, Arc<BackingId>>,
+    table: Option<OpenTable>,
+}
+
+impl Opens {
+    /// Goes on from, and keeps, the table at `path`.
+    pub(super) fn written_to(path: &Path) -> io::Result<Self> {
+        let (table, open) = OpenTable::open(path)?;
+        Ok(Self {
+            inodes: OpenInodes::inherit(open),
+            backings: HashMap::new(),
+            table: Some(table),
+        })
+    }
 }
 
 pub(super) struct Server {
@@ -87,13 +103,14 @@ pub(super) struct Server {
     resumed: Option<Handshake>,
     handshake: Arc<Mutex<Option<Handshake>>>,
     mode: IoMode,
-    passthrough: Arc<Mutex<Passthrough>>,
+    opens: Mutex<Opens>,
 }
 
 impl Server {
     pub(super) fn new(
         fs: GridFs,
         wish: io_mode::IoModeWish,
+        opens: Opens,
         counters: Arc<Counters>,
         runtime: Handle,
         resumed: Option<Handshake>,
@@ -107,7 +124,7 @@ impl Server {
             resumed,
             handshake,
             mode: IoMode::KeepCache,
-            passthrough: Arc::default(),
+            opens: Mutex::new(opens),
         }
     }
 
@@ -151,7 +168,7 @@ impl Server {
     fn open_by_way(&self, ino: Ino, reply: ReplyOpen) {
         // Prepared without the lock: sealing and registering are system calls. If another open of this
         // inode is first, its way counts and what was prepared is given back.
-        let known = self.passthrough.lock().inodes.way(ino);
+        let known = self.opens.lock().inodes.way(ino);
         let mut prepared = None;
         let mut wish = Way::Cached;
         if known.is_none()
@@ -168,27 +185,42 @@ impl Server {
                 Err(error) => tracing::warn!(%error, "no passthrough for a sealed object"),
             }
         }
-        let mut passthrough = self.passthrough.lock();
-        let opened = passthrough.inodes.open(ino, wish);
+        let mut opens = self.opens.lock();
+        let opened = opens.inodes.open(ino, wish);
+        // Under the lock, so that nobody is answered before it is written: a copy into memory.
+        if opened.first
+            && let Some(table) = &mut opens.table
+            && let Err(error) = table.insert(ino, opened.way)
+        {
+            opens.inodes.release(ino);
+            drop(opens);
+            self.counters
+                .failed(format!("open: the table of open files: {error}"));
+            return reply.error(Errno::EIO);
+        }
         match opened.way {
             Way::Cached => {
-                drop(passthrough);
+                drop(opens);
                 Self::open_cached(reply);
             }
             Way::Passthrough(number) => {
                 if opened.first
                     && let Some(backing) = prepared.take()
                 {
-                    passthrough.backings.insert(number, Arc::new(backing));
+                    opens.backings.insert(number, Arc::new(backing));
                 }
-                let backing = passthrough.backings.get(&number).cloned();
-                drop(passthrough);
+                let backing = opens.backings.get(&number).cloned();
+                drop(opens);
                 match backing {
-                    Some(backing) => {
-                        reply.opened_passthrough(NO_HANDLE, FopenFlags::FOPEN_NOFLUSH, &backing)
+                    Some(backing) => reply.opened_passthrough(NO_HANDLE, FopenFlags::FOPEN_NOFLUSH, &backing),
+                    None => {
+                        // SAFETY: a number that is in no map of ours is one that the table gave us; it
+                        // was registered on this connection by an agent that is gone, and nobody gives
+                        // it back: neither `OpenInodes`, for which it never closes, nor we, below.
+                        let inherited = unsafe { reply.wrap_backing(number.0) };
+                        reply.opened_passthrough(NO_HANDLE, FopenFlags::FOPEN_NOFLUSH, &inherited);
+                        inherited.into_raw();
                     }
-                    // Unreachable: a way in passthrough and its backing file come and go together.
-                    None => reply.error(Errno::EIO),
                 }
             }
         }
@@ -298,9 +330,7 @@ impl Filesystem for Server {
                 config.set_max_stack_depth(MAX_STACK_DEPTH).ok();
             }
             IoMode::NoOpen => {
-                config
-                    .add_capabilities(InitFlags::FUSE_NO_OPEN_SUPPORT)
-                    .ok();
+                config.add_capabilities(InitFlags::FUSE_NO_OPEN_SUPPORT).ok();
             }
             IoMode::KeepCache => {}
         }
@@ -380,19 +410,17 @@ impl Filesystem for Server {
         reply: ReplyData,
     ) {
         let (ino, length) = (ino(number), u64::from(size.min(MAX_REQUEST)));
-        let reply = ANSWER.with_borrow_mut(|answer| {
-            match self.fs.read_cached(ino, offset, length, answer) {
-                Ok(true) => {
-                    self.counters.count(Operation::ReadHit);
-                    self.counters.count_bytes(answer.len());
-                    reply.data(answer);
-                    None
-                }
-                Ok(false) => Some(reply),
-                Err(error) => {
-                    reply.error(self.refusal(Operation::ReadHit, &error));
-                    None
-                }
+        let reply = ANSWER.with_borrow_mut(|answer| match self.fs.read_cached(ino, offset, length, answer) {
+            Ok(true) => {
+                self.counters.count(Operation::ReadHit);
+                self.counters.count_bytes(answer.len());
+                reply.data(answer);
+                None
+            }
+            Ok(false) => Some(reply),
+            Err(error) => {
+                reply.error(self.refusal(Operation::ReadHit, &error));
+                None
             }
         });
         let Some(reply) = reply else { return };
@@ -404,9 +432,7 @@ impl Filesystem for Server {
                     counters.count_bytes(bytes.len());
                     reply.data(&bytes);
                 }
-                Err(error) => {
-                    reply.error(Self::refuse(&fs, &counters, Operation::ReadMiss, &error))
-                }
+                Err(error) => reply.error(Self::refuse(&fs, &counters, Operation::ReadMiss, &error)),
             }
         });
     }
@@ -424,11 +450,22 @@ impl Filesystem for Server {
         self.counters.count(Operation::Release);
         let mut superfluous = None;
         if self.mode == IoMode::Passthrough {
-            let mut passthrough = self.passthrough.lock();
-            if let Released::Closed(Way::Passthrough(number)) =
-                passthrough.inodes.release(ino(number))
-            {
-                superfluous = passthrough.backings.remove(&number);
+            let ino = ino(number);
+            let mut opens = self.opens.lock();
+            if let Released::Closed(way) = opens.inodes.release(ino) {
+                // Crossed out first: a number that the table has must be registered.
+                let crossed_out = opens.table.as_mut().map_or(Ok(()), |table| table.remove(ino));
+                if let Way::Passthrough(number) = way {
+                    superfluous = opens.backings.remove(&number);
+                }
+                if let Err(error) = crossed_out {
+                    self.counters
+                        .failed(format!("release: the table of open files: {error}"));
+                    // Then it stays registered as well.
+                    if let Some(Ok(backing)) = superfluous.take().map(Arc::try_unwrap) {
+                        backing.into_raw();
+                    }
+                }
             }
         }
         drop(superfluous);
@@ -440,14 +477,7 @@ impl Filesystem for Server {
         reply.error(self.declined());
     }
 
-    fn readdir(
-        &self,
-        _: &Request,
-        number: INodeNo,
-        _: FileHandle,
-        offset: u64,
-        mut reply: ReplyDirectory,
-    ) {
+    fn readdir(&self, _: &Request, number: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
         self.counters.count(Operation::ReadDir);
         let listed = self.fs.list(ino(number), offset, |entry| {
             let attributes = &entry.attributes;
@@ -645,16 +675,7 @@ impl Filesystem for Server {
         reply.error(self.read_only());
     }
 
-    fn create(
-        &self,
-        _: &Request,
-        _: INodeNo,
-        _: &OsStr,
-        _: u32,
-        _: u32,
-        _: i32,
-        reply: ReplyCreate,
-    ) {
+    fn create(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, _: i32, reply: ReplyCreate) {
         reply.error(self.read_only());
     }
 
@@ -673,29 +694,11 @@ impl Filesystem for Server {
         reply.error(self.read_only());
     }
 
-    fn fallocate(
-        &self,
-        _: &Request,
-        _: INodeNo,
-        _: FileHandle,
-        _: u64,
-        _: u64,
-        _: i32,
-        reply: ReplyEmpty,
-    ) {
+    fn fallocate(&self, _: &Request, _: INodeNo, _: FileHandle, _: u64, _: u64, _: i32, reply: ReplyEmpty) {
         reply.error(self.read_only());
     }
 
-    fn setxattr(
-        &self,
-        _: &Request,
-        _: INodeNo,
-        _: &OsStr,
-        _: &[u8],
-        _: i32,
-        _: u32,
-        reply: ReplyEmpty,
-    ) {
+    fn setxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: &[u8], _: i32, _: u32, reply: ReplyEmpty) {
         reply.error(self.read_only());
     }
 

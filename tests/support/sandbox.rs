@@ -30,6 +30,11 @@ impl Sandbox {
             skip("an ordinary user beside root", "the tests do not run as root");
             return None;
         }
+        let open_to_all = fs::metadata("/dev/fuse").is_ok_and(|fuse| fuse.permissions().mode() & 0o006 == 0o006);
+        if !open_to_all {
+            skip("an ordinary user's mount", "/dev/fuse is not open to everybody (udev: chmod 0666 /dev/fuse)");
+            return None;
+        }
         Some(Self::owned_by(ORDINARY_UID))
     }
 
