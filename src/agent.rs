@@ -27,9 +27,13 @@ use self::{
     mount_point::{MountPoint, MountPointError},
     snapshot::{Resolved, Snapshot, SnapshotError},
 };
+pub use crate::{
+    cache::{CacheConfig, VerifyPolicy},
+    fetch::FetchConfig,
+};
 use crate::{
-    cache::{Cache, CacheConfig, CacheError},
-    fetch::{FetchConfig, Fetcher},
+    cache::{Cache, CacheError},
+    fetch::Fetcher,
     fs::Owner,
     fuse::{self, Ended, MountError, MountOptions, Mounted, Operation},
     reference::{ParseError, QualifiedName, Reference},

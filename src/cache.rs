@@ -27,7 +27,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Weak,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicU32, Ordering},
     },
     thread::JoinHandle,
 };
@@ -76,7 +76,9 @@ impl ObjectId {
     }
 
     fn from_hex(text: &str) -> Option<Self> {
-        text.parse::<Digest>().ok().map(|digest| Self(*digest.as_bytes()))
+        text.parse::<Digest>()
+            .ok()
+            .map(|digest| Self(*digest.as_bytes()))
     }
 }
 
@@ -120,7 +122,10 @@ pub enum CacheError {
     #[error("cannot use {dir} as a cache")]
     Directory { dir: PathBuf, source: io::Error },
     #[error("the cache failed {doing}")]
-    Io { doing: &'static str, source: io::Error },
+    Io {
+        doing: &'static str,
+        source: io::Error,
+    },
     #[error("no room in the cache: everything in it is in use")]
     Full,
     #[error("the disk has less free space than is to be left")]
@@ -212,7 +217,10 @@ impl Cache {
     /// As [`Cache::open`], telling which boot this is: tests play a reboot with it.
     pub fn open_in_boot(config: CacheConfig, boot: BootId) -> Result<Arc<Self>, CacheError> {
         let dir = config.dir.clone();
-        let context = |source| CacheError::Directory { dir: dir.clone(), source };
+        let context = |source| CacheError::Directory {
+            dir: dir.clone(),
+            source,
+        };
         disk::create_dir_all(&config.dir).map_err(context)?;
         let lock = take_lock(&config.dir)?;
         let abilities = disk::probe(&config.dir).map_err(context)?;
@@ -249,9 +257,15 @@ impl Cache {
         });
         let spawn = |name: &str, work: fn(&Arc<Shared>)| {
             let shared = shared.clone();
-            std::thread::Builder::new().name(name.to_owned()).spawn(move || work(&shared)).map_err(context)
+            std::thread::Builder::new()
+                .name(name.to_owned())
+                .spawn(move || work(&shared))
+                .map_err(context)
         };
-        let threads = vec![spawn("cache-scan", recovery::run)?, spawn("cache-space", space::run)?];
+        let threads = vec![
+            spawn("cache-scan", recovery::run)?,
+            spawn("cache-space", space::run)?,
+        ];
         Ok(Arc::new(Self { shared, threads }))
     }
 
@@ -301,7 +315,10 @@ impl Cache {
 
     /// Checks every cached block against its checksum; damaged ones are absent from then on. Stops
     /// when `progress` says so.
-    pub fn scrub(&self, mut progress: impl FnMut(&ScrubProgress) -> ControlFlow<()>) -> ScrubProgress {
+    pub fn scrub(
+        &self,
+        mut progress: impl FnMut(&ScrubProgress) -> ControlFlow<()>,
+    ) -> ScrubProgress {
         let mut done = ScrubProgress::default();
         for id in self.shared.ids() {
             if let Some(object) = self.shared.held_or_on_disk(&id) {
@@ -330,7 +347,7 @@ impl Cache {
     /// Where a tree part may be put together before it is adopted; what a dead agent left there goes
     /// with the next scan.
     pub fn tree_staging(&self, digest: &Digest) -> PathBuf {
-        static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+        static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         self.shared.config.dir.join("trees").join(format!(".incoming-{digest}-{number}"))
     }
@@ -351,7 +368,9 @@ impl Cache {
     /// Makes everything stored so far survive a power cut unchecked. The background does it now and
     /// then; a clean shutdown does it too.
     pub fn settle(&self) -> Result<(), CacheError> {
-        self.shared.settle().map_err(|error| CacheError::io("syncing", error))
+        self.shared
+            .settle()
+            .map_err(|error| CacheError::io("syncing", error))
     }
 
     /// Waits until what earlier runs left has been counted; false after `patience`.
@@ -377,28 +396,50 @@ impl Drop for Cache {
                 tracing::error!("a cache thread panicked");
             }
         }
-        if let Err(error) = self.shared.settle().and_then(|()| recovery::save(&self.shared)) {
+        if let Err(error) = self
+            .shared
+            .settle()
+            .and_then(|()| recovery::save(&self.shared))
+        {
             tracing::warn!(%error, "the cache could not be closed cleanly; nothing is lost but order");
         }
     }
 }
 
 fn take_lock(dir: &Path) -> Result<File, CacheError> {
-    let context = |source| CacheError::Directory { dir: dir.to_owned(), source };
+    let context = |source| CacheError::Directory {
+        dir: dir.to_owned(),
+        source,
+    };
     let path = dir.join("lock");
     let mut file = match disk::open_existing(&path).map_err(context)? {
         Some(file) => file,
         // Not truncated on the way: another agent may be creating it too.
-        None => File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(context)?,
+        None => File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(context)?,
     };
     match file.try_lock() {
         Ok(()) => {
-            file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(context)?;
+            file.set_len(0)
+                .and_then(|()| writeln!(file, "{}", std::process::id()))
+                .map_err(context)?;
             Ok(file)
         }
         Err(std::fs::TryLockError::WouldBlock) => {
-            let pid = std::fs::read_to_string(&path).unwrap_or_default().trim().parse().unwrap_or(0);
-            Err(CacheError::Locked { dir: dir.to_owned(), pid })
+            let pid = std::fs::read_to_string(&path)
+                .unwrap_or_default()
+                .trim()
+                .parse()
+                .unwrap_or(0);
+            Err(CacheError::Locked {
+                dir: dir.to_owned(),
+                pid,
+            })
         }
         Err(std::fs::TryLockError::Error(error)) => Err(context(error)),
     }
@@ -406,7 +447,8 @@ fn take_lock(dir: &Path) -> Result<File, CacheError> {
 
 impl Shared {
     fn object(self: &Arc<Self>, id: ObjectId, size: u64) -> Arc<CachedObject> {
-        self.held.object(id, size, || CachedObject::new(id, size, self.clone()))
+        self.held
+            .object(id, size, || CachedObject::new(id, size, self.clone()))
     }
 
     /// Data file and sidecar.
@@ -443,14 +485,6 @@ impl Shared {
         Ok(disk::allocated(data)? + sidecar)
     }
 
-    fn hand_out(&self, id: ObjectId, open: impl FnOnce() -> io::Result<File>) -> io::Result<Arc<File>> {
-        self.handed.get_or_open(id, open)
-    }
-
-    fn handed_out(&self, id: &ObjectId) -> bool {
-        self.handed.contains(id)
-    }
-
     fn unlinked(&self, id: &ObjectId) {
         self.counters.objects.fetch_sub(1, Ordering::Relaxed);
         self.policy.lock().remove(&Unit::object(*id));
@@ -481,6 +515,8 @@ impl Shared {
     }
 
     fn settle(&self) -> io::Result<()> {
-        self.epochs.settle(|| disk::sync_all_files(&self.root)).map(|_| ())
+        self.epochs
+            .settle(|| disk::sync_all_files(&self.root))
+            .map(|_| ())
     }
 }

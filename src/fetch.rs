@@ -93,7 +93,7 @@ const MOST_UNREAD: usize = 1 << 16;
 const FILL_QUEUE: usize = 256;
 const FILL_THREADS: usize = 2;
 /// Extents of one warm-up in flight.
-const WARM_AT_ONCE: usize = 8;
+const WARM_AT_ONCE: usize = 24;
 
 struct Fill {
     object: Arc<CachedObject>,
@@ -353,8 +353,16 @@ impl Fetcher {
                     new.push(block);
                 }
             }
+            // A waiting reader's request is spread over all connections; what is fetched ahead goes in
+            // larger pieces, which waste less of each connection on waiting for first bytes.
+            let spread = match priority {
+                Priority::Waited => self.config.connections,
+                Priority::Readahead => self.config.connections / 4,
+                Priority::WarmUp => 1,
+            };
+            let most = readahead::piece_size(new.len() as u64, spread as u64);
             for run in runs(&new) {
-                for piece in readahead::pieces(run, self.config.connections as u64) {
+                for piece in readahead::pieces(run, most) {
                     let urgency = Arc::new(Urgency::new(priority));
                     let mut senders = Vec::new();
                     for block in piece.clone() {

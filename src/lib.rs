@@ -16,6 +16,7 @@ pub mod fs;
 pub mod fuse;
 pub mod handover;
 pub mod origin;
+pub mod pin;
 pub mod publish;
 pub mod reference;
 pub mod tree;

@@ -24,6 +24,8 @@ use object_store::{
 };
 use serde::{Deserialize, Serialize};
 
+pub use crate::pin::Pin;
+
 pub use self::{
     error::OriginError,
     http::Counters,
@@ -74,15 +76,6 @@ impl Deadlines {
     }
 }
 
-/// The exact bytes an object must still have.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Pin {
-    /// Content-addressed: nothing to compare; sums verify it.
-    Content,
-    ETag(String),
-    VersionId(String),
-}
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ObjectInfo {

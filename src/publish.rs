@@ -12,8 +12,8 @@ mod directory;
 mod keys;
 mod listing;
 mod parts;
-mod previous;
 mod prefix;
+mod previous;
 mod sort;
 mod spool;
 mod upload;
@@ -135,9 +135,17 @@ pub enum PublishError {
     #[error("{} is not a directory; publish takes a directory", .path.display())]
     NotADirectory { path: PathBuf },
     #[error("{} holds {what} ({}), which would change while it is published", .path.display(), .inner.display())]
-    Contains { path: PathBuf, inner: PathBuf, what: &'static str },
+    Contains {
+        path: PathBuf,
+        inner: PathBuf,
+        what: &'static str,
+    },
     #[error("{count} of the source cannot be read: {}; nothing was published", list(.paths, *.count))]
-    Unreadable { paths: Vec<PathBuf>, count: u64, source: io::Error },
+    Unreadable {
+        paths: Vec<PathBuf>,
+        count: u64,
+        source: io::Error,
+    },
     #[error("{} changed twice while it was read; publish when nobody writes to it", .path.display())]
     Changed { path: PathBuf },
     #[error("{key} has neither an ETag nor a version id, so nothing would notice if it changed")]
@@ -163,7 +171,11 @@ pub enum PublishError {
 
 impl PublishError {
     fn unreadable(path: &Path, source: io::Error) -> Self {
-        Self::Unreadable { paths: vec![path.to_owned()], count: 1, source }
+        Self::Unreadable {
+            paths: vec![path.to_owned()],
+            count: 1,
+            source,
+        }
     }
 
     fn scratch(path: &Path) -> impl FnOnce(io::Error) -> Self {
@@ -173,7 +185,11 @@ impl PublishError {
 }
 
 fn list(paths: &[PathBuf], count: u64) -> String {
-    let mut text = paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ");
+    let mut text = paths
+        .iter()
+        .map(|path| path.display().to_string())
+        .collect::<Vec<_>>()
+        .join(", ");
     if count > paths.len() as u64 {
         text.push_str(", …");
     }

@@ -21,7 +21,7 @@ use std::{
 use memmap2::Mmap;
 use zerocopy::FromBytes;
 
-use crate::{digest::Digest, origin::Pin};
+use crate::{digest::Digest, pin::Pin};
 use format::{Layout, ObjectRow, Row};
 
 pub use digests::Digests;

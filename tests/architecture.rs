@@ -12,20 +12,20 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("reference", &[]),
     ("origin", &[]),
     ("config", &["reference", "origin"]),
-    ("tree", &["origin"]),
+    ("tree", &[]),
     ("catalog", &["reference", "origin", "tree"]),
     ("publish", &["tree", "origin", "catalog", "reference"]),
     ("cache", &[]),
     ("fetch", &["cache", "origin"]),
     ("fs", &["tree", "fetch", "cache"]),
-    ("fuse", &["fs"]),
-    ("handover", &["fs", "fuse"]),
+    ("fuse", &["fs", "tree"]),
+    ("handover", &["fs", "fuse", "tree"]),
     ("agent", &["catalog", "reference", "origin", "tree", "cache", "fetch", "fs", "fuse", "handover"]),
-    ("cli", &["agent", "catalog", "config", "publish", "reference", "origin", "tree", "cache"]),
+    ("cli", &["agent", "catalog", "config", "publish", "reference", "origin"]),
 ];
 
 /// Newtypes without behaviour of their own.
-const LEAVES: &[&str] = &["block", "bytesize", "digest"];
+const LEAVES: &[&str] = &["block", "bytesize", "digest", "pin"];
 
 /// Crate → the only rooms that may name it.
 const CRATES: &[(&str, &[&str])] = &[

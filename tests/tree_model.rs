@@ -398,12 +398,11 @@ fn check(tree: &Tree, digests: Option<&Digests>, model: &Model) {
                 assert_eq!(entry.kind, EntryKind::Symlink { target });
             }
         }
-        for (next, is_next) in [(tree.next_file(row).unwrap(), |row: u32, next: u32| row < next)] {
-            let end = next.map_or(tree.row_count(), |next| next.0);
-            assert!(next.is_none_or(|next| is_next(row.0, next.0)));
-            let is_file = |row| matches!(tree.entry(RowNo(row)).unwrap().kind, EntryKind::File { .. });
-            assert!(next.is_none_or(|next| is_file(next.0)) && !(row.0 + 1..end).any(is_file));
-        }
+        let next = tree.next_file(row).unwrap();
+        let end = next.map_or(tree.row_count(), |next| next.0);
+        let is_file = |row| matches!(tree.entry(RowNo(row)).unwrap().kind, EntryKind::File { .. });
+        assert!(next.is_none_or(|next| next > row && is_file(next.0)));
+        assert!(!(row.0 + 1..end).any(is_file));
     }
     assert_eq!(tree.row_count() as usize, model.nodes.len());
     assert_eq!(tree.totals(), totals);

@@ -13,8 +13,8 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::fuse::IoModeWish;
 use crate::{
-    fuse::IoModeWish,
     origin::StoreUrl,
     reference::{PinnedReference, UserName},
     tree::Totals,

@@ -36,12 +36,20 @@ pub fn create_dir(path: &Path) -> io::Result<()> {
 }
 
 pub fn create_dir_all(path: &Path) -> io::Result<()> {
-    fs::DirBuilder::new().mode(0o700).recursive(true).create(path)
+    fs::DirBuilder::new()
+        .mode(0o700)
+        .recursive(true)
+        .create(path)
 }
 
 /// `Ok(None)` when there is none.
 pub fn open_existing(path: &Path) -> io::Result<Option<File>> {
-    match File::options().read(true).write(true).custom_flags(libc::O_NOFOLLOW).open(path) {
+    match File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)
+    {
         Ok(file) => Ok(Some(file)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
@@ -84,7 +92,12 @@ pub fn punch(file: &File, range: Range<u64>) -> io::Result<()> {
     undo::before_write(file, range.clone());
     let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     let len = range.end - range.start;
-    Ok(fallocate(file, flags, range.start as libc::off_t, len as libc::off_t)?)
+    Ok(fallocate(
+        file,
+        flags,
+        range.start as libc::off_t,
+        len as libc::off_t,
+    )?)
 }
 
 pub fn sync_data(file: &File) -> io::Result<()> {
@@ -94,11 +107,19 @@ pub fn sync_data(file: &File) -> io::Result<()> {
     Ok(())
 }
 
+/// As [`sync_data`], with everything the inode holds.
+pub fn sync_all(file: &File) -> io::Result<()> {
+    file.sync_all()?;
+    #[cfg(test)]
+    undo::synced(file);
+    Ok(())
+}
+
 /// Everything written so far to the file system of `file` is on the disk.
 pub fn sync_all_files(file: &File) -> io::Result<()> {
     nix::unistd::syncfs(file)?;
     #[cfg(test)]
-    undo::all_synced();
+    undo::all_synced(file);
     Ok(())
 }
 
@@ -114,7 +135,7 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let fresh = path.with_extension("new");
     let file = create(&fresh, 0)?;
     write_at(&file, bytes, 0)?;
-    file.sync_all()?;
+    sync_all(&file)?;
     fs::rename(&fresh, path)?;
     sync_parent(path)
 }
@@ -137,7 +158,10 @@ pub fn free_space(dir: &File) -> io::Result<(u64, u64)> {
     #[allow(clippy::unnecessary_cast)]
     let unit = stat.fragment_size() as u64;
     #[allow(clippy::unnecessary_cast)]
-    Ok(((stat.blocks_available() as u64).saturating_mul(unit), (stat.blocks() as u64).saturating_mul(unit)))
+    Ok((
+        (stat.blocks_available() as u64).saturating_mul(unit),
+        (stat.blocks() as u64).saturating_mul(unit),
+    ))
 }
 
 pub fn set_attribute(file: &File, value: &[u8]) -> io::Result<()> {
@@ -145,9 +169,20 @@ pub fn set_attribute(file: &File, value: &[u8]) -> io::Result<()> {
     undo::before_attribute(file);
     // SAFETY: the name is a NUL-terminated string and `value` is valid for reads of its length; the
     // descriptor is open for as long as `file` is borrowed.
-    let result =
-        unsafe { libc::fsetxattr(file.as_raw_fd(), ATTRIBUTE.as_ptr(), value.as_ptr().cast(), value.len(), 0) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    let result = unsafe {
+        libc::fsetxattr(
+            file.as_raw_fd(),
+            ATTRIBUTE.as_ptr(),
+            value.as_ptr().cast(),
+            value.len(),
+            0,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// `Ok(None)` when there is none or it is longer than `most`.
@@ -156,7 +191,12 @@ pub fn attribute(file: &File, most: usize) -> io::Result<Option<Vec<u8>>> {
     // SAFETY: the name is a NUL-terminated string and `value` is valid for writes of its length; the
     // descriptor is open for as long as `file` is borrowed.
     let result = unsafe {
-        libc::fgetxattr(file.as_raw_fd(), ATTRIBUTE.as_ptr(), value.as_mut_ptr().cast(), value.len())
+        libc::fgetxattr(
+            file.as_raw_fd(),
+            ATTRIBUTE.as_ptr(),
+            value.as_mut_ptr().cast(),
+            value.len(),
+        )
     };
     match usize::try_from(result) {
         Ok(len) => {
@@ -164,7 +204,14 @@ pub fn attribute(file: &File, most: usize) -> io::Result<Option<Vec<u8>>> {
             Ok(Some(value))
         }
         Err(_) => match io::Error::last_os_error() {
-            error if matches!(error.raw_os_error(), Some(libc::ENODATA | libc::ERANGE | libc::ENOTSUP)) => Ok(None),
+            error
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::ENODATA | libc::ERANGE | libc::ENOTSUP)
+                ) =>
+            {
+                Ok(None)
+            }
             error => Err(error),
         },
     }
@@ -188,33 +235,68 @@ pub fn probe(dir: &Path) -> io::Result<Abilities> {
 
 #[cfg(test)]
 pub mod undo {
-    //! Power loss: remembers, per thread's choice, what each change replaced until a sync covers it.
+    //! Power loss: remembers what each change in one directory replaced, until a sync covers it.
+    use std::{path::PathBuf, sync::Mutex};
+
     use super::*;
-    use std::sync::Mutex;
 
     pub enum Change {
-        Write { file: File, offset: u64, old: Vec<u8> },
-        Attribute { file: File, old: Option<Vec<u8>> },
+        Write {
+            file: File,
+            offset: u64,
+            old: Vec<u8>,
+        },
+        Attribute {
+            file: File,
+            old: Option<Vec<u8>>,
+        },
     }
 
     /// `None`: nothing is recorded.
-    static JOURNAL: Mutex<Option<Vec<Change>>> = Mutex::new(None);
+    static JOURNAL: Mutex<Option<(PathBuf, Vec<Change>)>> = Mutex::new(None);
 
-    fn journal() -> std::sync::MutexGuard<'static, Option<Vec<Change>>> {
-        JOURNAL.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    fn journal() -> std::sync::MutexGuard<'static, Option<(PathBuf, Vec<Change>)>> {
+        JOURNAL
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    pub fn start() {
-        *journal() = Some(Vec::new());
+    pub fn start(dir: &Path) {
+        *journal() = Some((dir.canonicalize().unwrap(), Vec::new()));
+    }
+
+    fn within(file: &File, dir: &Path) -> bool {
+        fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))
+            .is_ok_and(|path| path.starts_with(dir))
+    }
+
+    impl Change {
+        /// It never reached the disk.
+        pub fn undo(&self) {
+            match self {
+                Self::Write { file, offset, old } => file.write_all_at(old, *offset).unwrap(),
+                Self::Attribute {
+                    file,
+                    old: Some(old),
+                } => set_attribute(file, old).unwrap(),
+                Self::Attribute { file, old: None } => {
+                    // SAFETY: the name is a NUL-terminated string, the descriptor is open.
+                    unsafe { libc::fremovexattr(file.as_raw_fd(), ATTRIBUTE.as_ptr()) };
+                }
+            }
+        }
     }
 
     /// Stops recording; what no sync had covered, oldest first.
     pub fn stop() -> Vec<Change> {
-        journal().take().unwrap_or_default()
+        journal()
+            .take()
+            .map(|(_, changes)| changes)
+            .unwrap_or_default()
     }
 
     pub fn before_write(file: &File, range: Range<u64>) {
-        if let Some(changes) = journal().as_mut() {
+        if let Some((_, changes)) = journal().as_mut().filter(|(dir, _)| within(file, dir)) {
             let mut old = vec![0; (range.end - range.start) as usize];
             let mut have = 0;
             while have < old.len() {
@@ -224,19 +306,26 @@ pub mod undo {
                 }
             }
             old.truncate(have);
-            changes.push(Change::Write { file: file.try_clone().unwrap(), offset: range.start, old });
+            changes.push(Change::Write {
+                file: file.try_clone().unwrap(),
+                offset: range.start,
+                old,
+            });
         }
     }
 
     pub fn before_attribute(file: &File) {
-        if let Some(changes) = journal().as_mut() {
+        if let Some((_, changes)) = journal().as_mut().filter(|(dir, _)| within(file, dir)) {
             let old = attribute(file, super::super::sidecar::ATTRIBUTE_MOST).unwrap();
-            changes.push(Change::Attribute { file: file.try_clone().unwrap(), old });
+            changes.push(Change::Attribute {
+                file: file.try_clone().unwrap(),
+                old,
+            });
         }
     }
 
     pub fn synced(file: &File) {
-        if let Some(changes) = journal().as_mut() {
+        if let Some((_, changes)) = journal().as_mut() {
             let inode = file.metadata().unwrap().ino();
             changes.retain(|change| {
                 let (Change::Write { file, .. } | Change::Attribute { file, .. }) = change;
@@ -245,8 +334,8 @@ pub mod undo {
         }
     }
 
-    pub fn all_synced() {
-        if let Some(changes) = journal().as_mut() {
+    pub fn all_synced(file: &File) {
+        if let Some((_, changes)) = journal().as_mut().filter(|(dir, _)| within(file, dir)) {
             changes.clear();
         }
     }

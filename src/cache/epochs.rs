@@ -55,7 +55,8 @@ impl Record {
         bytes.extend(self.boot.0);
         for set in [&self.open, &self.suspect] {
             bytes.extend((set.len() as u32).to_le_bytes());
-            set.iter().for_each(|epoch| bytes.extend(epoch.to_le_bytes()));
+            set.iter()
+                .for_each(|epoch| bytes.extend(epoch.to_le_bytes()));
         }
         let sum = crc32c::crc32c(&bytes);
         bytes.extend(sum.to_le_bytes());
@@ -73,12 +74,22 @@ impl Record {
         let mut sets = [BTreeSet::new(), BTreeSet::new()];
         for set in &mut sets {
             let (count, after) = rest.split_first_chunk::<4>()?;
-            let (epochs, after) = after.split_at_checked(u32::from_le_bytes(*count) as usize * 2)?;
-            set.extend(epochs.chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]])));
+            let (epochs, after) =
+                after.split_at_checked(u32::from_le_bytes(*count) as usize * 2)?;
+            set.extend(
+                epochs
+                    .chunks_exact(2)
+                    .map(|pair| u16::from_le_bytes([pair[0], pair[1]])),
+            );
             rest = after;
         }
         let [open, suspect] = sets;
-        Some(Self { sequence: u64::from_le_bytes(*sequence), boot: BootId(*boot), open, suspect })
+        Some(Self {
+            sequence: u64::from_le_bytes(*sequence),
+            boot: BootId(*boot),
+            open,
+            suspect,
+        })
     }
 }
 
@@ -119,7 +130,11 @@ impl Epochs {
         for path in &paths {
             match std::fs::read(path) {
                 Ok(bytes) => match Record::decode(&bytes) {
-                    Some(record) if newest.as_ref().is_none_or(|other| other.sequence < record.sequence) => {
+                    Some(record)
+                        if newest
+                            .as_ref()
+                            .is_none_or(|other| other.sequence < record.sequence) =>
+                    {
                         newest = Some(record);
                     }
                     Some(_) => {}
@@ -134,7 +149,12 @@ impl Epochs {
                 found = Found::Sound;
                 record
             }
-            None => Record { sequence: 0, boot, open: BTreeSet::new(), suspect: BTreeSet::new() },
+            None => Record {
+                sequence: 0,
+                boot,
+                open: BTreeSet::new(),
+                suspect: BTreeSet::new(),
+            },
         };
         if record.boot != boot {
             let open = std::mem::take(&mut record.open);
@@ -172,7 +192,10 @@ impl Epochs {
             let turn = self.turn.load(Ordering::SeqCst);
             let count = &self.writing[(turn & 1) as usize];
             count.fetch_add(1, Ordering::SeqCst);
-            let writing = Writing { count, epoch: Epoch(self.current.load(Ordering::SeqCst)) };
+            let writing = Writing {
+                count,
+                epoch: Epoch(self.current.load(Ordering::SeqCst)),
+            };
             if self.turn.load(Ordering::SeqCst) == turn {
                 return writing;
             }
@@ -214,7 +237,9 @@ impl Epochs {
         // among the open or suspect ones and is passed over.
         let next = (1..=u16::MAX)
             .map(|step| last.wrapping_add(step))
-            .find(|epoch| *epoch != 0 && !record.open.contains(epoch) && !record.suspect.contains(epoch));
+            .find(|epoch| {
+                *epoch != 0 && !record.open.contains(epoch) && !record.suspect.contains(epoch)
+            });
         // None left (after 65,000 power cuts without a sync): stay in the last one.
         let next = next.unwrap_or(last.max(1));
         record.open.insert(next);

@@ -20,7 +20,9 @@ pub struct Held {
 
 impl Default for Held {
     fn default() -> Self {
-        Self { shards: std::array::from_fn(|_| Mutex::default()) }
+        Self {
+            shards: std::array::from_fn(|_| Mutex::default()),
+        }
     }
 }
 
@@ -33,7 +35,12 @@ impl Held {
         self.shard(id).lock().get(id).and_then(Weak::upgrade)
     }
 
-    pub fn object(&self, id: ObjectId, size: u64, new: impl FnOnce() -> CachedObject) -> Arc<CachedObject> {
+    pub fn object(
+        &self,
+        id: ObjectId,
+        size: u64,
+        new: impl FnOnce() -> CachedObject,
+    ) -> Arc<CachedObject> {
         let mut shard = self.shard(&id).lock();
         // An id is made of the size too: another size is maintenance on a data file somebody cut, which
         // will be found unsound and unlinked.
@@ -59,30 +66,76 @@ impl Held {
 /// Descriptors of sealed objects that somebody – the kernel, through passthrough – may hold.
 #[derive(Default)]
 pub struct HandedOut {
-    files: Mutex<HashMap<ObjectId, Weak<File>>>,
+    /// By inode too: an object may have been unlinked, fetched and sealed again meanwhile.
+    files: Mutex<HashMap<(ObjectId, u64), Handed>>,
+}
+
+struct Handed {
+    file: Weak<File>,
+    /// Bytes to give back when the last holder of an unlinked file lets go.
+    owed: u64,
 }
 
 impl HandedOut {
     /// The one descriptor of this object. `open` is called without a lock held.
-    pub fn get_or_open(&self, id: ObjectId, open: impl FnOnce() -> io::Result<File>) -> io::Result<Arc<File>> {
-        if let Some(file) = self.files.lock().get(&id).and_then(Weak::upgrade) {
+    pub fn get_or_open(
+        &self,
+        id: ObjectId,
+        inode: u64,
+        open: impl FnOnce() -> io::Result<File>,
+    ) -> io::Result<Arc<File>> {
+        if let Some(file) = self
+            .files
+            .lock()
+            .get(&(id, inode))
+            .and_then(|handed| handed.file.upgrade())
+        {
             return Ok(file);
         }
         let fresh = Arc::new(open()?);
         let mut files = self.files.lock();
-        if let Some(file) = files.get(&id).and_then(Weak::upgrade) {
+        if let Some(file) = files
+            .get(&(id, inode))
+            .and_then(|handed| handed.file.upgrade())
+        {
             return Ok(file);
         }
-        files.insert(id, Arc::downgrade(&fresh));
+        files.insert(
+            (id, inode),
+            Handed {
+                file: Arc::downgrade(&fresh),
+                owed: 0,
+            },
+        );
         Ok(fresh)
     }
 
-    pub fn contains(&self, id: &ObjectId) -> bool {
-        self.files.lock().get(id).is_some_and(|file| file.strong_count() > 0)
+    pub fn contains(&self, id: &ObjectId, inode: u64) -> bool {
+        self.files
+            .lock()
+            .get(&(*id, inode))
+            .is_some_and(|handed| handed.file.strong_count() > 0)
     }
 
-    /// Drops what nobody holds any more.
-    pub fn tidy(&self) {
-        self.files.lock().retain(|_, file| file.strong_count() > 0);
+    /// The file was unlinked. False when nobody holds it: the caller gives the bytes back.
+    pub fn owe(&self, id: &ObjectId, inode: u64, bytes: u64) -> bool {
+        match self.files.lock().get_mut(&(*id, inode)) {
+            Some(handed) if handed.file.strong_count() > 0 => {
+                handed.owed = bytes;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Drops what nobody holds any more; the bytes that became free.
+    pub fn tidy(&self) -> u64 {
+        let mut free = 0;
+        self.files.lock().retain(|_, handed| {
+            let held = handed.file.strong_count() > 0;
+            free += if held { 0 } else { handed.owed };
+            held
+        });
+        free
     }
 }

@@ -23,7 +23,9 @@ use super::{
     sidecar::{self, Sidecar},
     slot::{ABSENT, HEADER_LEN, Header, Slot},
 };
-use crate::block::{BLOCK_SIZE, BLOCKS_PER_EXTENT, BlockNo, EXTENT_SIZE, ExtentNo, block_count, blocks_covering};
+use crate::block::{
+    BLOCK_SIZE, BLOCKS_PER_EXTENT, BlockNo, EXTENT_SIZE, ExtentNo, block_count, blocks_covering,
+};
 
 /// Nothing larger is cached: it bounds what a record that lies about a size can make us allocate.
 pub const LARGEST: u64 = 64 << 40;
@@ -64,7 +66,8 @@ impl Extent {
 
 /// The open files of an object. Dropped when the last user of an unlinked object is done.
 pub(super) struct Files {
-    data: Arc<File>,
+    id: ObjectId,
+    data: File,
     sidecar: Sidecar,
     inode: u64,
     sealed: AtomicBool,
@@ -79,7 +82,10 @@ pub(super) struct Files {
 impl Drop for Files {
     fn drop(&mut self) {
         if *self.unlinked.get_mut() {
-            self.shared.space.give_back(*self.allocated.get_mut());
+            let bytes = *self.allocated.get_mut();
+            if !self.shared.handed.owe(&self.id, self.inode, bytes) {
+                self.shared.space.give_back(bytes);
+            }
         }
     }
 }
@@ -87,7 +93,8 @@ impl Drop for Files {
 impl Files {
     fn extent(&self, number: ExtentNo) -> &Extent {
         let at = number.0 as usize;
-        let chunk = self.extents[at / CHUNK].get_or_init(|| Box::new(std::array::from_fn(|_| Extent::default())));
+        let chunk = self.extents[at / CHUNK]
+            .get_or_init(|| Box::new(std::array::from_fn(|_| Extent::default())));
         &chunk[at % CHUNK]
     }
 
@@ -141,7 +148,13 @@ impl Drop for CachedObject {
 
 impl CachedObject {
     pub(super) fn new(id: ObjectId, size: u64, shared: Arc<Shared>) -> Self {
-        Self { id, size, state: RwLock::new(State::Unknown), lifecycle: Mutex::new(()), shared }
+        Self {
+            id,
+            size,
+            state: RwLock::new(State::Unknown),
+            lifecycle: Mutex::new(()),
+            shared,
+        }
     }
 
     pub fn id(&self) -> ObjectId {
@@ -156,9 +169,15 @@ impl CachedObject {
     /// any is absent (or was found damaged: then it is absent from now on). A disk that fails is a miss
     /// too, and is seen in the statistics.
     pub fn read(&self, offset: u64, buf: &mut [u8], purpose: Purpose) -> Result<bool, CacheError> {
-        let end = offset.checked_add(buf.len() as u64).filter(|end| *end <= self.size);
+        let end = offset
+            .checked_add(buf.len() as u64)
+            .filter(|end| *end <= self.size);
         let Some(end) = end else {
-            return Err(CacheError::OutOfRange { offset, len: buf.len() as u64, size: self.size });
+            return Err(CacheError::OutOfRange {
+                offset,
+                len: buf.len() as u64,
+                size: self.size,
+            });
         };
         if buf.is_empty() {
             return Ok(true);
@@ -173,7 +192,13 @@ impl CachedObject {
         Ok(hit)
     }
 
-    fn read_open(&self, files: &Files, range: Range<u64>, buf: &mut [u8], purpose: Purpose) -> bool {
+    fn read_open(
+        &self,
+        files: &Files,
+        range: Range<u64>,
+        buf: &mut [u8],
+        purpose: Purpose,
+    ) -> bool {
         let mut at = range.start;
         while at < range.end {
             let number = BlockNo::containing(at).extent();
@@ -182,7 +207,9 @@ impl CachedObject {
             if purpose == Purpose::Reader {
                 self.report(extent, number);
             }
-            let Some(_pin) = extent.pin() else { return false };
+            let Some(_pin) = extent.pin() else {
+                return false;
+            };
             if !self.load(files, extent, number) {
                 return false;
             }
@@ -194,7 +221,8 @@ impl CachedObject {
             if doubtful != 0 && !bits(doubtful).all(|bit| self.check(files, extent, number, bit)) {
                 return false;
             }
-            let place = &mut buf[(part.start - range.start) as usize..(part.end - range.start) as usize];
+            let place =
+                &mut buf[(part.start - range.start) as usize..(part.end - range.start) as usize];
             if let Err(error) = files.data.read_exact_at(place, part.start) {
                 self.shared.trouble("reading a cached block", &error);
                 if error.kind() == io::ErrorKind::UnexpectedEof {
@@ -211,7 +239,9 @@ impl CachedObject {
     /// The absent blocks among `blocks` (block numbers of this object).
     pub fn missing(&self, blocks: Range<u64>) -> Vec<BlockNo> {
         let blocks = blocks.start..blocks.end.min(block_count(self.size));
-        let Some(files) = self.files() else { return blocks.map(BlockNo).collect() };
+        let Some(files) = self.files() else {
+            return blocks.map(BlockNo).collect();
+        };
         let mut missing = Vec::new();
         let mut word = (u64::MAX, 0);
         for block in blocks.map(BlockNo) {
@@ -255,7 +285,9 @@ impl CachedObject {
     fn present(&self, files: &Files, number: ExtentNo) -> u64 {
         let extent = files.extent(number);
         match extent.pin() {
-            Some(_pin) if self.load(files, extent, number) => extent.present.load(Ordering::Acquire),
+            Some(_pin) if self.load(files, extent, number) => {
+                extent.present.load(Ordering::Acquire)
+            }
             _ => 0,
         }
     }
@@ -265,7 +297,10 @@ impl CachedObject {
     pub fn fill(&self, block: BlockNo, bytes: &[u8], purpose: Purpose) -> Result<(), CacheError> {
         let range = block.byte_range(self.size);
         if range.is_empty() || range.end - range.start != bytes.len() as u64 {
-            return Err(CacheError::WrongLength { block, len: bytes.len() });
+            return Err(CacheError::WrongLength {
+                block,
+                len: bytes.len(),
+            });
         }
         if self.size > LARGEST {
             return Err(CacheError::TooLarge { size: self.size });
@@ -275,16 +310,26 @@ impl CachedObject {
         outcome
     }
 
-    fn fill_block(&self, block: BlockNo, range: Range<u64>, bytes: &[u8], purpose: Purpose) -> Result<(), CacheError> {
+    fn fill_block(
+        &self,
+        block: BlockNo,
+        range: Range<u64>,
+        bytes: &[u8],
+        purpose: Purpose,
+    ) -> Result<(), CacheError> {
         let number = block.extent();
         self.shared.admit(bytes.len() as u64)?;
         let files = self.files_or_create()?;
         let extent = files.extent(number);
-        let Some(_pin) = extent.pin() else { return Err(CacheError::Busy) };
+        let Some(_pin) = extent.pin() else {
+            return Err(CacheError::Busy);
+        };
         if !self.load(&files, extent, number) {
             return Err(CacheError::Busy);
         }
-        if extent.present.load(Ordering::Acquire) & bit(block) != 0 || files.sealed.load(Ordering::Acquire) {
+        if extent.present.load(Ordering::Acquire) & bit(block) != 0
+            || files.sealed.load(Ordering::Acquire)
+        {
             return Ok(());
         }
         let sum = crc32c::crc32c(bytes);
@@ -292,14 +337,24 @@ impl CachedObject {
         {
             let writing = self.shared.epochs.write();
             disk::write_at(&files.data, bytes, range.start).map_err(context)?;
-            let slot = Slot { sum, epoch: writing.epoch };
-            files.sidecar.set_slot(&files.data, block, slot.encode(&self.id, block)).map_err(context)?;
+            let slot = Slot {
+                sum,
+                epoch: writing.epoch,
+            };
+            files
+                .sidecar
+                .set_slot(&files.data, block, slot.encode(&self.id, block))
+                .map_err(context)?;
         }
         extent.trusted.fetch_or(bit(block), Ordering::AcqRel);
         let before = extent.present.fetch_or(bit(block), Ordering::AcqRel);
         files.count();
         if before == 0 {
-            self.shared.arrived(Unit::extent(self.id, number), self.extent_bytes(number), purpose);
+            self.shared.arrived(
+                Unit::extent(self.id, number),
+                self.extent_bytes(number),
+                purpose,
+            );
         }
         Ok(())
     }
@@ -314,7 +369,8 @@ impl CachedObject {
         let now = self.shared.clock.load(Ordering::Relaxed);
         if extent.reported.load(Ordering::Relaxed) != now {
             extent.reported.store(now, Ordering::Relaxed);
-            self.shared.referenced(Unit::extent(self.id, number), self.extent_bytes(number));
+            self.shared
+                .referenced(Unit::extent(self.id, number), self.extent_bytes(number));
         }
     }
 
@@ -325,7 +381,7 @@ impl CachedObject {
         }
         // One reader of this object at a time, once per extent: a later look must not bring back a
         // block that was found damaged meanwhile.
-        let _turn = files.loading.lock();
+        let turn = files.loading.lock();
         if extent.loaded.load(Ordering::Acquire) {
             return true;
         }
@@ -337,14 +393,27 @@ impl CachedObject {
             }
         };
         let (mut present, mut trusted) = (0, 0);
-        for (index, word) in words.into_iter().enumerate().filter(|(_, word)| *word != ABSENT) {
+        for (index, word) in words
+            .into_iter()
+            .enumerate()
+            .filter(|(_, word)| *word != ABSENT)
+        {
             let block = BlockNo(number.0 * BLOCKS_PER_EXTENT + index as u64);
             if let Some(slot) = Slot::decode(&self.id, block, word) {
                 present |= bit(block);
-                if self.shared.config.verify == VerifyPolicy::EarlierBoot && !self.shared.epochs.suspect(slot.epoch) {
+                if self.shared.config.verify == VerifyPolicy::EarlierBoot
+                    && !self.shared.epochs.suspect(slot.epoch)
+                {
                     trusted |= bit(block);
                 }
             }
+        }
+        if files.sealed.load(Ordering::Acquire) && present != mask(&number.byte_range(self.size)) {
+            // Sealed and incomplete cannot be: the sidecar is damaged, and the data is never rewritten.
+            self.shared.counters.damaged();
+            drop(turn);
+            self.discard();
+            return false;
         }
         extent.trusted.store(trusted, Ordering::Release);
         extent.present.store(present, Ordering::Release);
@@ -362,7 +431,8 @@ impl CachedObject {
             match files.data.read_exact_at(&mut bytes, range.start) {
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
                 Err(error) => Err(error),
-                Ok(()) => Ok(Slot::decode(&self.id, block, word).filter(|slot| slot.sum == crc32c::crc32c(&bytes))),
+                Ok(()) => Ok(Slot::decode(&self.id, block, word)
+                    .filter(|slot| slot.sum == crc32c::crc32c(&bytes))),
             }
         })();
         match outcome {
@@ -371,8 +441,15 @@ impl CachedObject {
                 if self.shared.epochs.suspect(slot.epoch) {
                     // It lies on the disk as it should: say so, or every later boot checks it again.
                     let writing = self.shared.epochs.write();
-                    let slot = Slot { epoch: writing.epoch, ..slot };
-                    if let Err(error) = files.sidecar.set_slot(&files.data, block, slot.encode(&self.id, block)) {
+                    let slot = Slot {
+                        epoch: writing.epoch,
+                        ..slot
+                    };
+                    if let Err(error) =
+                        files
+                            .sidecar
+                            .set_slot(&files.data, block, slot.encode(&self.id, block))
+                    {
                         self.shared.trouble("renewing a sidecar", &error);
                     }
                 }
@@ -444,14 +521,18 @@ impl CachedObject {
         if let State::Open(files) = &*self.state.read() {
             return Ok(files.clone());
         }
-        let files = self.create().map_err(|error| CacheError::io("creating a cached object", error))?;
+        let files = self
+            .create()
+            .map_err(|error| CacheError::io("creating a cached object", error))?;
         *self.state.write() = State::Open(files.clone());
         Ok(files)
     }
 
     fn open_existing(&self) -> io::Result<Option<Arc<Files>>> {
         let (data_path, sidecar_path) = self.shared.paths(&self.id);
-        let Some(data) = disk::open_existing(&data_path)? else { return Ok(None) };
+        let Some(data) = disk::open_existing(&data_path)? else {
+            return Ok(None);
+        };
         let metadata = data.metadata()?;
         let found = match disk::open_existing(&sidecar_path)? {
             Some(file) => {
@@ -466,11 +547,18 @@ impl CachedObject {
             }
             None => disk::attribute(&data, sidecar::ATTRIBUTE_MOST)?
                 .filter(|value| value.len() as u64 == sidecar::file_len(self.size))
-                .and_then(|value| Some((Header::decode(&self.id, &value)?, Sidecar::Attribute(Mutex::new(value))))),
+                .and_then(|value| {
+                    Some((
+                        Header::decode(&self.id, &value)?,
+                        Sidecar::Attribute(Mutex::new(value)),
+                    ))
+                }),
         };
         match found {
             Some((header, sidecar))
-                if header.size == self.size && header.inode == metadata.ino() && metadata.len() == self.size =>
+                if header.size == self.size
+                    && header.inode == metadata.ino()
+                    && metadata.len() == self.size =>
             {
                 let files = self.wrap(data, sidecar, header);
                 if self.shared.scan.lock().meets(&self.id) {
@@ -502,7 +590,11 @@ impl CachedObject {
         disk::unlink(&sidecar_path)?;
         disk::unlink(&data_path)?;
         let data = disk::create(&data_path, self.size)?;
-        let header = Header { size: self.size, inode: data.metadata()?.ino(), sealed: false };
+        let header = Header {
+            size: self.size,
+            inode: data.metadata()?.ino(),
+            sealed: false,
+        };
         let sidecar = if self.size <= EXTENT_SIZE && self.shared.abilities.attributes {
             let mut value = header.encode(&self.id).to_vec();
             value.resize(sidecar::file_len(self.size) as usize, 0);
@@ -523,7 +615,8 @@ impl CachedObject {
     fn wrap(&self, data: File, sidecar: Sidecar, header: Header) -> Arc<Files> {
         let chunks = (self.size.div_ceil(EXTENT_SIZE) as usize).div_ceil(CHUNK);
         Arc::new(Files {
-            data: Arc::new(data),
+            id: self.id,
+            data,
             sidecar,
             inode: header.inode,
             sealed: AtomicBool::new(header.sealed),
@@ -546,7 +639,9 @@ impl CachedObject {
             let extent = files.extent(number);
             let _pin = extent.pin()?;
             let whole = mask(&number.byte_range(self.size));
-            if !self.load(&files, extent, number) || extent.present.load(Ordering::Acquire) & whole != whole {
+            if !self.load(&files, extent, number)
+                || extent.present.load(Ordering::Acquire) & whole != whole
+            {
                 return None;
             }
             let doubtful = whole & !extent.trusted.load(Ordering::Acquire);
@@ -561,13 +656,19 @@ impl CachedObject {
             return None;
         }
         if !files.sealed.swap(true, Ordering::SeqCst) {
-            let complete = (0..self.size.div_ceil(EXTENT_SIZE)).map(ExtentNo).all(|number| {
-                let extent = files.extent(number);
-                let whole = mask(&number.byte_range(self.size));
-                let pin = extent.pin();
-                pin.is_some() && extent.present.load(Ordering::Acquire) & whole == whole
-            });
-            let header = Header { size: self.size, inode: files.inode, sealed: true };
+            let complete = (0..self.size.div_ceil(EXTENT_SIZE))
+                .map(ExtentNo)
+                .all(|number| {
+                    let extent = files.extent(number);
+                    let whole = mask(&number.byte_range(self.size));
+                    let pin = extent.pin();
+                    pin.is_some() && extent.present.load(Ordering::Acquire) & whole == whole
+                });
+            let header = Header {
+                size: self.size,
+                inode: files.inode,
+                sealed: true,
+            };
             let recorded = complete
                 && match files
                     .sidecar
@@ -588,13 +689,17 @@ impl CachedObject {
             }
             self.shared.sealed(self.id, self.size);
         }
-        let handed = self.shared.hand_out(self.id, || {
+        let handed = self.shared.handed.get_or_open(self.id, files.inode, || {
             let (path, _) = self.shared.paths(&self.id);
             File::open(path)
         });
         match handed {
             // Somebody may have put another file in its place.
-            Ok(file) if file.metadata().is_ok_and(|found| found.ino() == files.inode && found.len() == self.size) => {
+            Ok(file)
+                if file
+                    .metadata()
+                    .is_ok_and(|found| found.ino() == files.inode && found.len() == self.size) =>
+            {
                 self.shared.referenced(Unit::object(self.id), self.size);
                 Some(file)
             }
@@ -607,13 +712,19 @@ impl CachedObject {
     }
 
     pub fn sealed(&self) -> bool {
-        self.files().is_some_and(|files| files.sealed.load(Ordering::Acquire))
+        self.files()
+            .is_some_and(|files| files.sealed.load(Ordering::Acquire))
     }
 
     /// Gives one extent back to the file system.
     pub(super) fn evict_extent(&self, number: ExtentNo) -> io::Result<Evicted> {
-        let Some(files) = self.files() else { return Ok(Evicted::Gone) };
-        if self.size <= EXTENT_SIZE || files.sealed.load(Ordering::SeqCst) || !self.shared.abilities.punch {
+        let Some(files) = self.files() else {
+            return Ok(Evicted::Gone);
+        };
+        if self.size <= EXTENT_SIZE
+            || files.sealed.load(Ordering::SeqCst)
+            || !self.shared.abilities.punch
+        {
             drop(files);
             return self.evict_whole();
         }
@@ -621,10 +732,17 @@ impl CachedObject {
             return Ok(Evicted::Gone);
         }
         let extent = files.extent(number);
-        if !extent.pin().is_some_and(|_pin| self.load(&files, extent, number)) {
+        if !extent
+            .pin()
+            .is_some_and(|_pin| self.load(&files, extent, number))
+        {
             return Ok(Evicted::Busy);
         }
-        if extent.gate.compare_exchange(0, EVICTING, Ordering::SeqCst, Ordering::SeqCst).is_err() {
+        if extent
+            .gate
+            .compare_exchange(0, EVICTING, Ordering::SeqCst, Ordering::SeqCst)
+            .is_err()
+        {
             return Ok(Evicted::Busy);
         }
         let outcome = (|| {
@@ -640,7 +758,8 @@ impl CachedObject {
             // data. Blocks that would be checked after a power cut anyway need no sync.
             let durable = words.iter().enumerate().any(|(index, word)| {
                 let block = BlockNo(number.0 * BLOCKS_PER_EXTENT + index as u64);
-                Slot::decode(&self.id, block, *word).is_some_and(|slot| !self.shared.epochs.unsettled(slot.epoch))
+                Slot::decode(&self.id, block, *word)
+                    .is_some_and(|slot| !self.shared.epochs.unsettled(slot.epoch))
             });
             if durable {
                 files.sidecar.sync(&files.data)?;
@@ -667,7 +786,10 @@ impl CachedObject {
                 State::Unknown => {}
                 State::Absent => return Ok(Evicted::Gone),
                 // Users clone under the read lock: one means nobody has it.
-                State::Open(files) if Arc::strong_count(files) > 1 || self.shared.handed_out(&self.id) => {
+                State::Open(files)
+                    if Arc::strong_count(files) > 1
+                        || self.shared.handed.contains(&self.id, files.inode) =>
+                {
                     return Ok(Evicted::Busy);
                 }
                 State::Open(_) => {}
@@ -678,10 +800,10 @@ impl CachedObject {
                 return self.unlink(open);
             }
         }
-        if self.shared.handed_out(&self.id) {
-            return Ok(Evicted::Busy);
-        }
         let open = match self.open_existing()? {
+            Some(files) if self.shared.handed.contains(&self.id, files.inode) => {
+                return Ok(Evicted::Busy);
+            }
             Some(files) => State::Open(files),
             None => State::Absent,
         };
@@ -721,7 +843,9 @@ impl CachedObject {
 
     /// Checks every present block against its checksum; (checked, damaged).
     pub(super) fn scrub(&self) -> (u64, u64) {
-        let Some(files) = self.files() else { return (0, 0) };
+        let Some(files) = self.files() else {
+            return (0, 0);
+        };
         let (mut checked, mut damaged) = (0, 0);
         for number in (0..self.size.div_ceil(EXTENT_SIZE)).map(ExtentNo) {
             let extent = files.extent(number);
@@ -742,7 +866,11 @@ impl CachedObject {
 fn mask(range: &Range<u64>) -> u64 {
     let blocks = blocks_covering(range);
     let count = blocks.end - blocks.start;
-    let ones = if count >= BLOCKS_PER_EXTENT { u64::MAX } else { (1 << count) - 1 };
+    let ones = if count >= BLOCKS_PER_EXTENT {
+        u64::MAX
+    } else {
+        (1 << count) - 1
+    };
     ones << (blocks.start % BLOCKS_PER_EXTENT)
 }
 

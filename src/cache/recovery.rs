@@ -53,8 +53,12 @@ impl Scan {
 
 /// Names in a directory; none when it cannot be read.
 pub fn names(dir: &Path) -> Vec<String> {
-    let Ok(entries) = fs::read_dir(dir) else { return Vec::new() };
-    entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect()
+    let Ok(entries) = fs::read_dir(dir) else {
+        return Vec::new();
+    };
+    entries
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect()
 }
 
 /// Moves what cannot be trusted out of the way; it is deleted in the background.
@@ -62,7 +66,9 @@ pub fn set_aside(dir: &Path) -> io::Result<()> {
     for sub in ["objects", "trees"] {
         let from = dir.join(sub);
         if from.exists() {
-            let aside = (0u32..).map(|n| dir.join(format!("trash-{n}"))).find(|path| !path.exists());
+            let aside = (0u32..)
+                .map(|n| dir.join(format!("trash-{n}")))
+                .find(|path| !path.exists());
             if let Some(aside) = aside {
                 fs::rename(from, aside)?;
             }
@@ -114,14 +120,23 @@ pub fn save(shared: &Shared) -> io::Result<()> {
 
 /// The saved units, hottest first; none when the file is absent or damaged.
 fn saved(dir: &Path) -> Vec<Unit> {
-    let Ok(bytes) = fs::read(dir.join("order")) else { return Vec::new() };
+    let Ok(bytes) = fs::read(dir.join("order")) else {
+        return Vec::new();
+    };
     let units = (|| {
         let (_, count) = order_header(&bytes)?;
         let (units, sum) = bytes.get(ORDER_HEADER..)?.split_last_chunk::<4>()?;
-        if Some(units.len()) != count.checked_mul(UNIT_LEN) || crc32c::crc32c(units) != u32::from_le_bytes(*sum) {
+        if Some(units.len()) != count.checked_mul(UNIT_LEN)
+            || crc32c::crc32c(units) != u32::from_le_bytes(*sum)
+        {
             return None;
         }
-        Some(units.chunks_exact(UNIT_LEN).filter_map(|unit| Some(Unit::decode(unit.try_into().ok()?))).collect())
+        Some(
+            units
+                .chunks_exact(UNIT_LEN)
+                .filter_map(|unit| Some(Unit::decode(unit.try_into().ok()?)))
+                .collect(),
+        )
     })();
     if units.is_none() {
         tracing::warn!("the saved order of the cache is damaged: eviction starts without it");
@@ -143,12 +158,16 @@ pub fn run(shared: &Arc<Shared>) {
             return;
         }
         scan_fan(shared, fan);
-        shared.space.set_unscanned(estimate / u64::from(FANS) * u64::from(FANS - 1 - fan));
+        shared
+            .space
+            .set_unscanned(estimate / u64::from(FANS) * u64::from(FANS - 1 - fan));
     }
     shared.space.set_unscanned(0);
     for name in names(&dir.join("trees")) {
-        if let (Ok(metadata), Some(id)) = (fs::symlink_metadata(dir.join("trees").join(&name)), ObjectId::from_hex(&name))
-            && shared.trees.first_met(&id)
+        if let (Ok(metadata), Some(id)) = (
+            fs::symlink_metadata(dir.join("trees").join(&name)),
+            ObjectId::from_hex(&name),
+        ) && shared.trees.first_met(&id)
         {
             shared.space.recount(0, metadata.blocks() * 512);
             shared.policy.lock().restore(Unit::tree(id));
@@ -178,7 +197,10 @@ fn scan_fan(shared: &Arc<Shared>, fan: u16) {
         })
         .collect();
     // One step for the whole directory: an object is counted by the scan or by who opened it.
-    let count = shared.scan.lock().pass(fan, left.iter().map(|left| left.id));
+    let count = shared
+        .scan
+        .lock()
+        .pass(fan, left.iter().map(|left| left.id));
     let mut policy = shared.policy.lock();
     for (left, count) in left.into_iter().zip(count) {
         if count {
@@ -207,7 +229,9 @@ fn leftover(shared: &Shared, id: ObjectId) -> Option<Leftover> {
             } else {
                 let mut slots = [0; SLOT_LEN * BLOCKS_PER_EXTENT as usize];
                 for number in (0..metadata.len().div_ceil(EXTENT_SIZE)).map(ExtentNo) {
-                    let Ok(read) = fill(&mut file, &mut slots) else { break };
+                    let Ok(read) = fill(&mut file, &mut slots) else {
+                        break;
+                    };
                     if slots[..read].iter().any(|byte| *byte != 0) {
                         units.push(Unit::extent(id, number));
                     }

@@ -37,10 +37,19 @@ impl Header {
     /// `None` for anything but a sound header of this very object.
     pub fn decode(id: &ObjectId, bytes: &[u8]) -> Option<Self> {
         let bytes: &[u8; HEADER_LEN] = bytes.get(..HEADER_LEN)?.try_into().ok()?;
-        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        let word = |at: usize| {
+            u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+        };
         let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
-        let sound = word(0) == MAGIC && word(4) <= SEALED && word(28) == 0 && word(24) == Self::sum(id, bytes);
-        sound.then(|| Self { size: long(8), inode: long(16), sealed: word(4) == SEALED })
+        let sound = word(0) == MAGIC
+            && word(4) <= SEALED
+            && word(28) == 0
+            && word(24) == Self::sum(id, bytes);
+        sound.then(|| Self {
+            size: long(8),
+            inode: long(16),
+            sealed: word(4) == SEALED,
+        })
     }
 
     fn sum(id: &ObjectId, bytes: &[u8; HEADER_LEN]) -> u32 {
@@ -74,13 +83,18 @@ impl Slot {
         // An epoch of 0 and a check of 0 are never written, so no single damaged byte of an absent
         // slot makes it present.
         let sound = epoch != 0 && (word >> 48) as u16 == check(id, block, body);
-        sound.then_some(Self { sum: word as u32, epoch: Epoch(epoch) })
+        sound.then_some(Self {
+            sum: word as u32,
+            epoch: Epoch(epoch),
+        })
     }
 }
 
 /// CRC-16/CCITT of the six body bytes, seeded with where they belong; never 0.
 fn check(id: &ObjectId, block: BlockNo, body: u64) -> u16 {
-    let seed = u64::from_le_bytes([id.0[8], id.0[9], id.0[10], id.0[11], id.0[12], id.0[13], id.0[14], id.0[15]]);
+    let seed = u64::from_le_bytes([
+        id.0[8], id.0[9], id.0[10], id.0[11], id.0[12], id.0[13], id.0[14], id.0[15],
+    ]);
     let seed = (seed ^ block.0).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let mut crc = (seed >> 48) as u16;
     for shift in (0..6).map(|byte| byte * 8) {
@@ -97,7 +111,11 @@ const TABLE: [u16; 256] = {
         let mut crc = (index as u16) << 8;
         let mut bit = 0;
         while bit < 8 {
-            crc = if crc & 0x8000 != 0 { crc << 1 ^ 0x1021 } else { crc << 1 };
+            crc = if crc & 0x8000 != 0 {
+                crc << 1 ^ 0x1021
+            } else {
+                crc << 1
+            };
             bit += 1;
         }
         table[index] = crc;
@@ -114,7 +132,9 @@ mod tests {
 
     #[test]
     fn crc16_is_the_published_one() {
-        let crc = b"123456789".iter().fold(0u16, |crc, byte| (crc << 8) ^ TABLE[usize::from((crc >> 8) as u8 ^ byte)]);
+        let crc = b"123456789".iter().fold(0u16, |crc, byte| {
+            (crc << 8) ^ TABLE[usize::from((crc >> 8) as u8 ^ byte)]
+        });
         assert_eq!(crc, 0x31c3, "CRC-16/XMODEM check value");
     }
 

@@ -14,7 +14,9 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::{CacheError, CacheStats, Purpose, Shared, disk, object::Evicted, policy::Unit, recovery};
+use super::{
+    CacheError, CacheStats, Purpose, Shared, disk, object::Evicted, policy::Unit, recovery,
+};
 use crate::block::EXTENT_SIZE;
 
 #[derive(Default)]
@@ -29,11 +31,15 @@ pub struct Space {
 
 impl Space {
     pub fn new(last_total: u64) -> Self {
-        Self { unscanned: AtomicU64::new(last_total), ..Self::default() }
+        Self {
+            unscanned: AtomicU64::new(last_total),
+            ..Self::default()
+        }
     }
 
     pub fn recount(&self, before: u64, now: u64) {
-        self.allocated.fetch_add(now as i64 - before as i64, Ordering::AcqRel);
+        self.allocated
+            .fetch_add(now as i64 - before as i64, Ordering::AcqRel);
     }
 
     pub fn give_back(&self, bytes: u64) {
@@ -98,7 +104,6 @@ pub struct News {
 #[derive(Clone, Copy)]
 pub enum Event {
     Referenced,
-    Arrived(Purpose),
 }
 
 const NEWS_MOST: usize = 512;
@@ -137,7 +142,6 @@ impl Shared {
             for (unit, bytes, event) in news {
                 match event {
                     Event::Referenced => policy.reference(unit, bytes),
-                    Event::Arrived(purpose) => policy.insert(unit, bytes, purpose),
                 }
             }
             self.clock.store(policy.clock(), Ordering::Relaxed);
@@ -184,10 +188,13 @@ impl Shared {
     /// Looks at the disk itself: others write to it too.
     fn renew_credit(&self, bytes: u64) -> Result<(), CacheError> {
         for attempt in 0..8 {
-            let (free, _) = disk::free_space(&self.root).map_err(|error| CacheError::io("looking at the disk", error))?;
+            let (free, _) = disk::free_space(&self.root)
+                .map_err(|error| CacheError::io("looking at the disk", error))?;
             let spare = free.saturating_sub(self.config.min_free);
             if spare > bytes {
-                self.space.credit.store(spare.min(CREDIT) as i64, Ordering::Release);
+                self.space
+                    .credit
+                    .store(spare.min(CREDIT) as i64, Ordering::Release);
                 return Ok(());
             }
             self.space.credit.store(0, Ordering::Release);
@@ -205,7 +212,9 @@ impl Shared {
     pub(super) fn evict_one(&self) -> bool {
         self.hear();
         for _ in 0..32 {
-            let Some(unit) = self.policy.lock().victim() else { return false };
+            let Some(unit) = self.policy.lock().victim() else {
+                return false;
+            };
             match self.me.upgrade().map(|shared| shared.evict_unit(unit)) {
                 None => return false,
                 Some(Ok(Evicted::Gone)) => {
@@ -224,7 +233,11 @@ impl Shared {
     }
 
     fn resting(&self) -> bool {
-        self.counters.degraded.lock().as_ref().is_some_and(|(_, since)| since.elapsed() < REST)
+        self.counters
+            .degraded
+            .lock()
+            .as_ref()
+            .is_some_and(|(_, since)| since.elapsed() < REST)
     }
 
     /// The disk failed: said once, until it works again.
@@ -262,7 +275,11 @@ impl Shared {
 
     pub(super) fn stats(&self) -> CacheStats {
         let sum = |of: fn(&Stripe) -> &AtomicU64| {
-            self.counters.stripes.iter().map(|stripe| of(stripe).load(Ordering::Relaxed)).sum()
+            self.counters
+                .stripes
+                .iter()
+                .map(|stripe| of(stripe).load(Ordering::Relaxed))
+                .sum()
         };
         CacheStats {
             allocated_bytes: self.space.used(),
@@ -275,7 +292,12 @@ impl Shared {
             fill_errors: self.counters.fill_errors.load(Ordering::Relaxed),
             verify_failures: self.counters.verify_failures.load(Ordering::Relaxed),
             scanned: self.scan.lock().finished(),
-            degraded: self.counters.degraded.lock().as_ref().map(|(reason, _)| reason.clone()),
+            degraded: self
+                .counters
+                .degraded
+                .lock()
+                .as_ref()
+                .map(|(reason, _)| reason.clone()),
         }
     }
 }
@@ -297,7 +319,7 @@ pub(super) fn run(shared: &Arc<Shared>) {
             return;
         }
         shared.hear();
-        shared.handed.tidy();
+        shared.space.give_back(shared.handed.tidy());
         while shared.space.used() + shared.headroom() > shared.config.max_bytes
             || disk::free_space(&shared.root).is_ok_and(|(free, _)| free < shared.config.min_free)
         {

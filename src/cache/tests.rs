@@ -1,0 +1,423 @@
+use std::{
+    collections::HashMap,
+    os::unix::fs::{FileExt, MetadataExt},
+    time::Duration,
+};
+
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+use super::*;
+use crate::block::{BLOCK_SIZE, EXTENT_SIZE, block_count};
+
+const BOOT: BootId = BootId([1; 16]);
+const LATER_BOOT: BootId = BootId([2; 16]);
+
+fn config(dir: &TempDir, max_bytes: u64) -> CacheConfig {
+    CacheConfig {
+        dir: dir.path().join("cache"),
+        max_bytes,
+        min_free: 0,
+        verify: VerifyPolicy::EarlierBoot,
+    }
+}
+
+fn open(dir: &TempDir, max_bytes: u64, boot: BootId) -> Arc<Cache> {
+    let cache = Cache::open_in_boot(config(dir, max_bytes), boot).unwrap();
+    assert!(cache.wait_scanned(Duration::from_secs(60)));
+    cache
+}
+
+fn id(n: u8) -> ObjectId {
+    ObjectId::derive("team", "s3://bucket", &format!("key{n}"), "etag", 1, None)
+}
+
+/// What the origin would say: every block of every object differs.
+fn truth(n: u8, block: BlockNo, size: u64) -> Vec<u8> {
+    let range = block.byte_range(size);
+    let mut bytes = vec![0; (range.end - range.start) as usize];
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&[n]).update(&block.0.to_le_bytes());
+    hasher.finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+fn fill(cache: &Arc<Cache>, n: u8, size: u64, block: u64) -> Result<(), CacheError> {
+    let block = BlockNo(block);
+    cache
+        .object(id(n), size)
+        .fill(block, &truth(n, block, size), Purpose::Reader)
+}
+
+fn holds(cache: &Arc<Cache>, n: u8, size: u64, block: u64) -> bool {
+    let range = BlockNo(block).byte_range(size);
+    let mut buf = vec![0; (range.end - range.start) as usize];
+    let hit = cache
+        .object(id(n), size)
+        .read(range.start, &mut buf, Purpose::Reader)
+        .unwrap();
+    assert!(
+        !hit || buf == truth(n, BlockNo(block), size),
+        "wrong bytes in block {block} of {n}"
+    );
+    hit
+}
+
+#[test]
+fn ids_differ_in_every_part() {
+    let base = ObjectId::derive("a", "b", "c", "d", 1, None);
+    let digest = Digest::of(b"");
+    for other in [
+        ObjectId::derive("ab", "", "c", "d", 1, None),
+        ObjectId::derive("a", "bc", "", "d", 1, None),
+        ObjectId::derive("a", "b", "c", "d", 2, None),
+        ObjectId::derive("a", "b", "c", "d", 1, Some(&digest)),
+    ] {
+        assert_ne!(base, other);
+    }
+}
+
+#[test]
+fn what_was_filled_is_read_now_and_after_a_restart() {
+    let dir = TempDir::new().unwrap();
+    let (small, large) = (300_000, 2 * EXTENT_SIZE + 77);
+    for boot in [BOOT, BOOT, LATER_BOOT] {
+        let cache = open(&dir, 1 << 30, boot);
+        for (n, size) in [(1, small), (2, large)] {
+            let last = block_count(size) - 1;
+            if !holds(&cache, n, size, last) {
+                assert_eq!(cache.stats().objects, u64::from(n) - 1);
+                fill(&cache, n, size, last).unwrap();
+                assert!(holds(&cache, n, size, last));
+                assert!(!holds(&cache, n, size, 0));
+            }
+            let object = cache.object(id(n), size);
+            assert_eq!(object.missing(0..u64::MAX).len() as u64, last);
+            assert_eq!(object.present_bytes(), size - last * BLOCK_SIZE);
+        }
+        assert_eq!(cache.stats().objects, 2);
+        let disk: u64 = walkdir::WalkDir::new(dir.path().join("cache/objects"))
+            .into_iter()
+            .map(|entry| entry.unwrap())
+            .filter(|entry| entry.file_type().is_file())
+            .map(|entry| entry.metadata().unwrap().blocks() * 512)
+            .sum();
+        assert_eq!(cache.stats().allocated_bytes, disk);
+    }
+}
+
+#[test]
+fn one_agent_per_directory() {
+    let dir = TempDir::new().unwrap();
+    let cache = open(&dir, 1 << 30, BOOT);
+    let error = Cache::open(config(&dir, 1)).err().unwrap();
+    assert!(
+        matches!(error, CacheError::Locked { pid, .. } if pid == std::process::id()),
+        "{error}"
+    );
+    drop(cache);
+    open(&dir, 1 << 30, BOOT);
+}
+
+#[test]
+fn the_limit_holds_and_a_smaller_one_shrinks_the_cache() {
+    let dir = TempDir::new().unwrap();
+    let size = 6 * EXTENT_SIZE;
+    let cache = open(&dir, 3 * EXTENT_SIZE, BOOT);
+    for n in 0..2 {
+        for block in 0..block_count(size) {
+            fill(&cache, n, size, block).unwrap();
+            assert!(cache.stats().allocated_bytes <= 4 * EXTENT_SIZE);
+        }
+    }
+    assert!(cache.stats().evictions > 0);
+    let before = cache.stats().allocated_bytes;
+    assert!(before > EXTENT_SIZE);
+    drop(cache);
+    let cache = open(&dir, EXTENT_SIZE / 2, BOOT);
+    fill(&cache, 9, 10, 0).unwrap();
+    assert!(cache.stats().allocated_bytes <= EXTENT_SIZE / 2);
+    assert!(holds(&cache, 9, 10, 0));
+}
+
+#[test]
+fn sealed_objects_are_complete_exact_and_go_only_whole() {
+    let dir = TempDir::new().unwrap();
+    let size = 2 * EXTENT_SIZE + 5;
+    let cache = open(&dir, 1 << 30, BOOT);
+    let object = cache.object(id(1), size);
+    for block in 0..block_count(size) {
+        assert!(object.seal().is_none());
+        fill(&cache, 1, size, block).unwrap();
+    }
+    assert!(object.is_complete() && !object.sealed());
+    let file = object.seal().unwrap();
+    assert!(object.sealed());
+    assert_eq!(file.metadata().unwrap().len(), size);
+    assert!(
+        file.write_at(b"x", 0).is_err(),
+        "the descriptor cannot write"
+    );
+    assert_eq!(
+        object.evict_whole().unwrap(),
+        object::Evicted::Busy,
+        "the kernel holds it"
+    );
+    assert_eq!(
+        object.evict_extent(crate::block::ExtentNo(0)).unwrap(),
+        object::Evicted::Busy
+    );
+    // Pushed out while held: the descriptor reads on.
+    assert!(cache.evict(&id(1)));
+    assert!(!holds(&cache, 1, size, 0));
+    let mut buf = vec![0; 5];
+    file.read_exact_at(&mut buf, 2 * EXTENT_SIZE).unwrap();
+    assert_eq!(buf, truth(1, BlockNo(128), size));
+    // And it is sealed still in a later run.
+    for block in 0..block_count(size) {
+        fill(&cache, 1, size, block).unwrap();
+    }
+    assert!(object.seal().is_some());
+    drop((object, file, cache));
+    let cache = open(&dir, 1 << 30, BOOT);
+    assert!(cache.object(id(1), size).sealed());
+    assert!(cache.object(id(1), size).seal().is_some());
+}
+
+/// Every file of the cache but the lock.
+fn files(dir: &TempDir) -> Vec<PathBuf> {
+    walkdir::WalkDir::new(dir.path().join("cache"))
+        .sort_by_file_name()
+        .into_iter()
+        .map(|entry| entry.unwrap())
+        .filter(|entry| entry.file_type().is_file() && entry.file_name() != "lock")
+        .map(|entry| entry.into_path())
+        .collect()
+}
+
+fn damage(path: &Path, at: u64, flip: u8) {
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ flip], at).unwrap();
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Any op sequence, restarts and reboots included: a read gives the truth or says absent; what
+    /// was filled and had no reason to go is there.
+    #[test]
+    fn agrees_with_a_model(
+        ops in prop::collection::vec((0u8..12, 0u8..3, 0u64..130), 1..60), max in 4u64..40
+    ) {
+        let dir = TempDir::new().unwrap();
+        let max = max << 20;
+        let sizes = [100_000, EXTENT_SIZE, 2 * EXTENT_SIZE + 1000];
+        let mut boot = BOOT;
+        let mut cache = open(&dir, max, boot);
+        let mut model: HashMap<(u8, u64), ()> = HashMap::new();
+        for (op, n, block) in ops {
+            let size = sizes[usize::from(n)];
+            let block = block % block_count(size);
+            match op {
+                0..=5 => if fill(&cache, n, size, block).is_ok() { model.insert((n, block), ()); },
+                6..=8 => {
+                    let hit = holds(&cache, n, size, block);
+                    prop_assert!(!hit || model.contains_key(&(n, block)));
+                    if cache.stats().evictions == 0 { prop_assert_eq!(hit, model.contains_key(&(n, block))); }
+                }
+                9 => { cache.evict(&id(n)); model.retain(|key, ()| key.0 != n); }
+                10 => { cache.object(id(n), size).seal(); }
+                _ => {
+                    drop(cache);
+                    if block % 2 == 0 { boot.0[0] += 1; }
+                    cache = open(&dir, max, boot);
+                    model.retain(|(n, block), ()| holds(&cache, *n, sizes[usize::from(*n)], *block));
+                }
+            }
+            prop_assert!(cache.stats().allocated_bytes <= max + EXTENT_SIZE);
+            prop_assert_eq!(cache.stats().verify_failures, 0);
+        }
+    }
+
+    /// Any byte of any file, with every block checked: the truth or absent.
+    #[test]
+    fn a_damaged_byte_is_never_served(at: prop::sample::Index, which: prop::sample::Index, flip in 1u8..) {
+        let dir = TempDir::new().unwrap();
+        let sizes = [(1, 1000), (2, 300_000), (3, EXTENT_SIZE + 200_000)];
+        let cache = open(&dir, 1 << 30, BOOT);
+        for (n, size) in sizes {
+            for block in 0..block_count(size) { fill(&cache, n, size, block).unwrap(); }
+        }
+        cache.object(id(3), sizes[2].1).seal().unwrap();
+        drop(cache);
+        let files = files(&dir);
+        let path = which.get(&files);
+        let len = path.metadata().unwrap().len();
+        damage(path, at.index(len as usize) as u64, flip);
+        let mut config = config(&dir, 1 << 30);
+        config.verify = VerifyPolicy::Always;
+        let cache = Cache::open_in_boot(config, BOOT).unwrap();
+        for (n, size) in sizes {
+            for block in 0..block_count(size) { holds(&cache, n, size, block); }
+        }
+    }
+}
+
+#[test]
+fn blocks_of_an_earlier_boot_are_checked_unless_settled() {
+    for settle in [false, true] {
+        let dir = TempDir::new().unwrap();
+        let cache = open(&dir, 1 << 30, BOOT);
+        let size = EXTENT_SIZE + 9;
+        fill(&cache, 1, size, 3).unwrap();
+        if settle {
+            cache.settle().unwrap();
+        }
+        let (data, _) = cache.shared.paths(&id(1));
+        // What a crash leaves: the state of the epochs as it is now.
+        let saved: Vec<_> = ["epochs.a", "epochs.b"]
+            .iter()
+            .map(|name| dir.path().join("cache").join(name))
+            .map(|path| (path.clone(), std::fs::read(path).unwrap()))
+            .collect();
+        drop(cache);
+        saved
+            .iter()
+            .for_each(|(path, bytes)| std::fs::write(path, bytes).unwrap());
+        damage(&data, 3 * BLOCK_SIZE + 5, 1);
+        let cache = open(&dir, 1 << 30, LATER_BOOT);
+        let mut buf = vec![0; BLOCK_SIZE as usize];
+        let hit = cache
+            .object(id(1), size)
+            .read(3 * BLOCK_SIZE, &mut buf, Purpose::Reader)
+            .unwrap();
+        // Settled blocks are trusted: this damage is what `Always` is for.
+        assert_eq!(hit, settle);
+        assert_eq!(cache.stats().verify_failures, u64::from(!settle));
+        assert_eq!(
+            cache.scrub(|_| ControlFlow::Continue(())).damaged,
+            u64::from(settle)
+        );
+    }
+}
+
+#[test]
+fn a_vanished_directory_degrades_to_misses() {
+    let dir = TempDir::new().unwrap();
+    let cache = open(&dir, 1 << 30, BOOT);
+    std::fs::remove_dir_all(dir.path().join("cache")).unwrap();
+    assert!(fill(&cache, 1, 1000, 0).is_err());
+    assert!(!holds(&cache, 1, 1000, 0));
+    assert!(cache.stats().degraded.is_some());
+    assert_eq!(cache.stats().fill_errors, 1);
+}
+
+#[test]
+fn a_full_disk_degrades_to_misses() {
+    let dir = TempDir::new().unwrap();
+    let mut config = config(&dir, 1 << 30);
+    config.min_free = u64::MAX / 2;
+    let cache = Cache::open_in_boot(config, BOOT).unwrap();
+    assert!(matches!(
+        fill(&cache, 1, 1000, 0),
+        Err(CacheError::DiskFull)
+    ));
+    assert!(cache.stats().degraded.is_some());
+}
+
+#[test]
+fn trees_are_adopted_counted_and_kept_while_held() {
+    let dir = TempDir::new().unwrap();
+    let cache = open(&dir, 1 << 30, BOOT);
+    let digest = Digest::of(b"rows");
+    assert!(cache.tree(&digest).is_none());
+    let from = cache.dir().join("incoming");
+    std::fs::write(&from, b"rows").unwrap();
+    let handle = cache.adopt_tree(&digest, &from).unwrap();
+    assert_eq!(std::fs::read(handle.path()).unwrap(), b"rows");
+    assert_eq!(cache.stats().allocated_bytes, 4096);
+    assert_eq!(cache.evict_all(), 0);
+    drop(handle);
+    drop(cache);
+    let cache = open(&dir, 1 << 30, LATER_BOOT);
+    assert!(cache.tree(&digest).is_some());
+    assert_eq!(cache.evict_all(), 1);
+    assert!(cache.tree(&digest).is_none());
+    assert_eq!(cache.stats().allocated_bytes, 0);
+}
+
+#[test]
+fn readers_fillers_and_eviction_together_never_serve_a_wrong_byte() {
+    let dir = TempDir::new().unwrap();
+    let size = 4 * EXTENT_SIZE;
+    let cache = open(&dir, 2 * EXTENT_SIZE, BOOT);
+    std::thread::scope(|scope| {
+        for worker in 0..4u64 {
+            let cache = &cache;
+            scope.spawn(move || {
+                for step in 0..400u64 {
+                    let n = (step % 2) as u8;
+                    let block = (step * 37 + worker * 11) % block_count(size);
+                    if !holds(cache, n, size, block) {
+                        let _ = fill(cache, n, size, block);
+                    }
+                    if step % 50 == 49 && worker == 0 {
+                        cache.evict(&id(n));
+                    }
+                }
+            });
+        }
+    });
+    assert!(cache.stats().allocated_bytes <= 2 * EXTENT_SIZE + 4 * EXTENT_SIZE);
+}
+
+/// A power cut: any of the changes that no sync covered may be missing afterwards, in any combination.
+#[test]
+fn a_power_cut_costs_blocks_but_never_truth() {
+    use rand::{RngExt, SeedableRng, rngs::StdRng};
+    let sizes = [300_000, 4 * EXTENT_SIZE, 2 * EXTENT_SIZE + 1000];
+    for seed in 0..12 {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let dir = TempDir::new().unwrap();
+        let cache = open(&dir, 3 * EXTENT_SIZE, BOOT);
+        disk::undo::start(cache.dir());
+        for _ in 0..150 {
+            let n = rng.random_range(0..3u8);
+            let size = sizes[usize::from(n)];
+            let block = rng.random_range(0..block_count(size));
+            match rng.random_range(0..40) {
+                0 => cache.settle().unwrap(),
+                1..6 => drop(
+                    cache
+                        .object(id(n), size)
+                        .evict_extent(BlockNo(block).extent())
+                        .unwrap(),
+                ),
+                _ => drop(fill(&cache, n, size, block)),
+            }
+        }
+        let lost = disk::undo::stop();
+        let epochs: Vec<_> = ["epochs.a", "epochs.b"]
+            .iter()
+            .map(|name| cache.dir().join(name))
+            .map(|path| (path.clone(), std::fs::read(path).unwrap()))
+            .collect();
+        drop(cache);
+        epochs
+            .iter()
+            .for_each(|(path, bytes)| std::fs::write(path, bytes).unwrap());
+        lost.iter()
+            .rev()
+            .filter(|_| rng.random_bool(0.5))
+            .for_each(disk::undo::Change::undo);
+        let cache = open(&dir, 3 * EXTENT_SIZE, LATER_BOOT);
+        for n in 0..3u8 {
+            let size = sizes[usize::from(n)];
+            for block in 0..block_count(size) {
+                holds(&cache, n, size, block);
+            }
+        }
+    }
+}

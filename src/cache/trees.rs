@@ -79,17 +79,28 @@ impl Shared {
             Use::Going => return None,
         }
         drop(uses);
-        Some(TreeHandle { digest: *digest, path: self.tree_path(digest), shared: self.clone() })
+        Some(TreeHandle {
+            digest: *digest,
+            path: self.tree_path(digest),
+            shared: self.clone(),
+        })
     }
 
     pub(super) fn hold_tree(self: &Arc<Self>, digest: &Digest) -> Option<TreeHandle> {
         let handle = self.take_tree(digest)?;
-        let len = fs::symlink_metadata(&handle.path).ok().filter(fs::Metadata::is_file)?.len();
+        let len = fs::symlink_metadata(&handle.path)
+            .ok()
+            .filter(fs::Metadata::is_file)?
+            .len();
         self.referenced(Self::tree_unit(digest), len);
         Some(handle)
     }
 
-    pub(super) fn adopt_tree(self: &Arc<Self>, digest: &Digest, from: &Path) -> Result<TreeHandle, CacheError> {
+    pub(super) fn adopt_tree(
+        self: &Arc<Self>,
+        digest: &Digest,
+        from: &Path,
+    ) -> Result<TreeHandle, CacheError> {
         let context = |source| CacheError::io("adopting a tree", source);
         if let Some(handle) = self.hold_tree(digest) {
             disk::unlink(from).map_err(context)?;
@@ -120,7 +131,9 @@ impl Shared {
             uses.insert(*digest, Use::Going);
         }
         let path = self.tree_path(digest);
-        let bytes = fs::File::open(&path).and_then(|file| disk::allocated(&file)).unwrap_or(0);
+        let bytes = fs::File::open(&path)
+            .and_then(|file| disk::allocated(&file))
+            .unwrap_or(0);
         match disk::unlink(&path) {
             Ok(()) => {
                 if self.trees.met.lock().remove(&ObjectId(*digest.as_bytes())) {
@@ -135,6 +148,9 @@ impl Shared {
     }
 
     pub(super) fn trees_on_disk(&self) -> Vec<Digest> {
-        recovery::names(&self.config.dir.join("trees")).iter().filter_map(|name| name.parse().ok()).collect()
+        recovery::names(&self.config.dir.join("trees"))
+            .iter()
+            .filter_map(|name| name.parse().ok())
+            .collect()
     }
 }

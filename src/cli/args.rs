@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::fuse::IoModeWish;
+use crate::agent::control::IoModeWish;
 
 const EXAMPLES: &str = "\
 Examples:

@@ -8,10 +8,8 @@ use super::{
     output,
 };
 use crate::{
-    agent::AgentConfig,
-    cache::{CacheConfig, VerifyPolicy},
+    agent::{AgentConfig, CacheConfig, FetchConfig, VerifyPolicy},
     config::{self, Inputs, Settings},
-    fetch::FetchConfig,
 };
 
 /// What the flags say, by setting.

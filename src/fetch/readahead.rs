@@ -166,21 +166,21 @@ impl Streams {
                 .collect();
             return (ahead, at);
         }
-        // A stream that stood still learns its stride from its second read.
-        if let Some(at) = streams
-            .iter()
-            .rposition(|s| s.confirmed == 0 && s.step == 0 && jump(s).unsigned_abs() > SLACK)
+        // A lone read learns its stride from the next one: when it is the only one there is, or when many
+        // are waiting for a second read, which is what skipping readers and random ones look like.
+        let crowded = streams.len() == 1 || streams.len() >= MOST_STREAMS / 2;
+        if crowded
+            && let Some(at) = streams
+                .iter()
+                .rposition(|s| s.confirmed == 0 && s.step == 0 && jump(s).unsigned_abs() > SLACK)
         {
-            if streams.len() >= MOST_STREAMS / 2 || streams.len() == 1 {
-                let stream = &mut streams[at];
-                stream.step = jump(stream);
-                stream.last = range.clone();
-                stream.front = range.end;
-                stream.confirmed = 1;
-                stream.window = 0;
-                // It may as well be a new reader: forward from here is recognised by `step` 0 only.
-                return (Vec::new(), at);
-            }
+            let stream = &mut streams[at];
+            stream.step = jump(stream);
+            stream.last = range.clone();
+            stream.front = range.end;
+            stream.confirmed = 1;
+            stream.window = 0;
+            return (Vec::new(), at);
         }
         if streams.len() >= MOST_STREAMS {
             streams.remove(0);
@@ -210,17 +210,20 @@ impl Streams {
     }
 }
 
-/// Cuts a range into pieces to be fetched in parallel: at least a mebibyte each, at most an extent, ends on
-/// block boundaries.
-pub(super) fn pieces(blocks: Range<u64>, connections: u64) -> impl Iterator<Item = Range<u64>> {
+/// How many blocks each GET of a request for `blocks` takes, when spread over `spread` connections: at least
+/// a mebibyte, at most an extent.
+pub(super) fn piece_size(blocks: u64, spread: u64) -> u64 {
+    blocks
+        .div_ceil(spread.max(1))
+        .clamp((1 << 20) / BLOCK_SIZE, EXTENT_SIZE / BLOCK_SIZE)
+}
+
+/// Cuts a run of blocks into pieces of up to `size`.
+pub(super) fn pieces(blocks: Range<u64>, size: u64) -> impl Iterator<Item = Range<u64>> {
     let count = blocks.end.saturating_sub(blocks.start);
-    let smallest = (1 << 20) / BLOCK_SIZE;
-    let piece = count
-        .div_ceil(connections.max(1))
-        .clamp(smallest, EXTENT_SIZE / BLOCK_SIZE);
-    (0..count.div_ceil(piece)).map(move |n| {
-        let start = blocks.start + n * piece;
-        start..(start + piece).min(blocks.end)
+    (0..count.div_ceil(size)).map(move |n| {
+        let start = blocks.start + n * size;
+        start..(start + size).min(blocks.end)
     })
 }
 
@@ -258,7 +261,7 @@ mod tests {
             }
             furthest = furthest.max(covered - read.end);
         }
-        assert!(furthest >= LARGEST / 2 && furthest <= LARGEST, "{furthest}");
+        assert!((LARGEST / 2..=LARGEST).contains(&furthest), "{furthest}");
     }
 
     #[test]
@@ -287,7 +290,7 @@ mod tests {
         #[test]
         fn pieces_cover_exactly(start in 0u64..1000, count in 0u64..5000, connections in 1u64..64) {
             let mut at = start;
-            for piece in pieces(start..start + count, connections) {
+            for piece in pieces(start..start + count, piece_size(count, connections)) {
                 prop_assert_eq!(piece.start, at);
                 prop_assert!(piece.end - piece.start <= EXTENT_SIZE / BLOCK_SIZE && piece.end > piece.start);
                 at = piece.end;

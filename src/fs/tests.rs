@@ -6,7 +6,7 @@ use parking_lot::Mutex;
 use super::*;
 use crate::{
     digest::Digest,
-    origin::Pin,
+    pin::Pin,
     tree::{Object, builder::TreeBuilder, unpack},
 };
 

@@ -2,7 +2,7 @@
 
 use super::{FsError, GridFs};
 use crate::{
-    origin::Pin,
+    pin::Pin,
     tree::{EntryKind, Ino},
 };
 

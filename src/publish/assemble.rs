@@ -44,8 +44,14 @@ pub(super) struct Row {
 #[derive(Debug)]
 pub(super) enum RowKind {
     Directory,
-    Symlink { target: Vec<u8> },
-    File { size: u64, place: Option<Place>, digest: Digest },
+    Symlink {
+        target: Vec<u8>,
+    },
+    File {
+        size: u64,
+        place: Option<Place>,
+        digest: Digest,
+    },
 }
 
 enum Message {
@@ -65,8 +71,9 @@ impl Assembler {
     pub fn start(scratch: &Path, memory_limit: usize, previous: Option<Arc<Previous>>) -> Self {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let scratch = scratch.to_owned();
-        let thread =
-            tokio::task::spawn_blocking(move || assemble(scratch, memory_limit, previous, receiver));
+        let thread = tokio::task::spawn_blocking(move || {
+            assemble(scratch, memory_limit, previous, receiver)
+        });
         Self { sender, thread }
     }
 
@@ -121,7 +128,10 @@ fn assemble(
             Message::Kept(id, object) => {
                 let previous = previous.as_ref().ok_or(PublishError::Assembler)?;
                 let sums = previous.sums(object, &mut frames)?;
-                numbers.insert(id, builder.add_object(previous.object(object)?, Some(&sums))?);
+                numbers.insert(
+                    id,
+                    builder.add_object(previous.object(object)?, Some(&sums))?,
+                );
             }
             Message::Row(row) => add(&mut builder, &numbers, row)?,
             Message::Finish => return Ok(builder.finish(&scratch)?),
@@ -136,11 +146,20 @@ fn add(
     numbers: &HashMap<ObjectId, ObjectNo>,
     row: Row,
 ) -> Result<(), PublishError> {
-    let Row { path, mode, modified, kind } = row;
+    let Row {
+        path,
+        mode,
+        modified,
+        kind,
+    } = row;
     match kind {
         RowKind::Directory => builder.add_directory(&path, mode, modified)?,
         RowKind::Symlink { target } => builder.add_symlink(&path, mode, modified, &target)?,
-        RowKind::File { size, place, digest } => {
+        RowKind::File {
+            size,
+            place,
+            digest,
+        } => {
             let content = match place {
                 None => None,
                 Some(Place { object, offset }) => {

@@ -41,7 +41,10 @@ impl Bundle {
     }
 
     fn with_limit(limit: usize) -> Self {
-        Self { bytes: BytesMut::new(), limit }
+        Self {
+            bytes: BytesMut::new(),
+            limit,
+        }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -68,7 +71,11 @@ impl Bundle {
     /// Hashes the bundle: work for a blocking thread.
     pub fn seal(self) -> SealedBundle {
         let bytes = self.bytes.freeze();
-        SealedBundle { digest: Digest::of(&bytes), sums: block_sums(&bytes), bytes }
+        SealedBundle {
+            digest: Digest::of(&bytes),
+            sums: block_sums(&bytes),
+            bytes,
+        }
     }
 }
 

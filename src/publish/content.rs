@@ -62,7 +62,10 @@ impl Stamp {
 
 fn timestamp(seconds: i64, nanos: i64) -> Timestamp {
     // The kernel keeps nanoseconds within one second.
-    Timestamp { seconds, nanos: u32::try_from(nanos).unwrap_or(0) }
+    Timestamp {
+        seconds,
+        nanos: u32::try_from(nanos).unwrap_or(0),
+    }
 }
 
 /// Permission bits only: 07777 fits in a `u16`.
@@ -79,7 +82,10 @@ pub(super) struct Hashed {
 
 /// The sums of the blocks of bytes that are all in memory.
 pub(super) fn block_sums(bytes: &[u8]) -> Vec<BlockSum> {
-    bytes.chunks(BLOCK_SIZE as usize).map(BlockSum::of).collect()
+    bytes
+        .chunks(BLOCK_SIZE as usize)
+        .map(BlockSum::of)
+        .collect()
 }
 
 /// Opens a regular file: never follows a symlink that took its place, never waits for a FIFO's
@@ -92,7 +98,9 @@ fn open(path: &Path) -> Result<File, PublishError> {
         .open(path)
         .map_err(unreadable)?;
     if !file.metadata().map_err(unreadable)?.is_file() {
-        return Err(PublishError::Changed { path: path.to_owned() });
+        return Err(PublishError::Changed {
+            path: path.to_owned(),
+        });
     }
     Ok(file)
 }
@@ -119,11 +127,16 @@ pub(super) fn read_stable<T>(
             return Ok((before, value));
         }
     }
-    Err(PublishError::Changed { path: path.to_owned() })
+    Err(PublishError::Changed {
+        path: path.to_owned(),
+    })
 }
 
 /// The bytes of a file below `limit` bytes; `None` if it has grown to that or beyond.
-pub(super) fn read_small(path: &Path, limit: u64) -> Result<(Stamp, Option<Vec<u8>>), PublishError> {
+pub(super) fn read_small(
+    path: &Path,
+    limit: u64,
+) -> Result<(Stamp, Option<Vec<u8>>), PublishError> {
     read_stable(path, |file, stamp| {
         if stamp.size >= limit {
             return Ok(None);
@@ -148,7 +161,10 @@ pub(super) fn hash(path: &Path) -> Result<(Stamp, Hashed), PublishError> {
             sums.extend(chunk.chunks(BLOCK_SIZE as usize).map(BlockSum::of));
             left -= chunk.len() as u64;
         }
-        Ok(Hashed { digest: hasher.finalize().into(), sums })
+        Ok(Hashed {
+            digest: hasher.finalize().into(),
+            sums,
+        })
     })
 }
 
@@ -188,7 +204,9 @@ pub(super) fn stream_file(path: PathBuf, size: u64, digest: Option<Digest>) -> F
                 left -= chunk.len() as u64;
                 if left == 0 && digest.is_some_and(|digest| digest != hasher.finalize().into()) {
                     flag.store(true, Ordering::Release);
-                    return Err(io::Error::other("the file changed between hashing and uploading"));
+                    return Err(io::Error::other(
+                        "the file changed between hashing and uploading",
+                    ));
                 }
                 if sender.blocking_send(Ok(Bytes::from(chunk))).is_err() {
                     // The upload was given up: nobody reads any more.
@@ -202,9 +220,10 @@ pub(super) fn stream_file(path: PathBuf, size: u64, digest: Option<Digest>) -> F
             let _ = sender.blocking_send(Err(error));
         }
     });
-    let parts =
-        stream::unfold(receiver, |mut receiver| async move { Some((receiver.recv().await?, receiver)) })
-            .boxed();
+    let parts = stream::unfold(receiver, |mut receiver| async move {
+        Some((receiver.recv().await?, receiver))
+    })
+    .boxed();
     FileStream { parts, changed }
 }
 
@@ -226,7 +245,10 @@ mod tests {
                 file.read_exact(&mut bytes)?;
                 if left > 0 {
                     left -= 1;
-                    OpenOptions::new().append(true).open(&path)?.write_all(b"!")?;
+                    OpenOptions::new()
+                        .append(true)
+                        .open(&path)?
+                        .write_all(b"!")?;
                 }
                 Ok(bytes)
             });
@@ -266,11 +288,25 @@ mod tests {
     fn hashing_in_chunks_is_hashing_at_once() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("f");
-        for size in [0, 1, BLOCK_SIZE as usize, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 77] {
+        for size in [
+            0,
+            1,
+            BLOCK_SIZE as usize,
+            CHUNK - 1,
+            CHUNK,
+            CHUNK + 1,
+            2 * CHUNK + 77,
+        ] {
             let bytes: Vec<u8> = (0..size).map(|i| (i * 31 % 251) as u8).collect();
             std::fs::write(&path, &bytes).unwrap();
             let (_, hashed) = hash(&path).unwrap();
-            assert_eq!(hashed, Hashed { digest: Digest::of(&bytes), sums: block_sums(&bytes) });
+            assert_eq!(
+                hashed,
+                Hashed {
+                    digest: Digest::of(&bytes),
+                    sums: block_sums(&bytes)
+                }
+            );
         }
     }
 
@@ -282,7 +318,13 @@ mod tests {
         std::fs::write(&path, &bytes).unwrap();
         let stream = stream_file(path.clone(), bytes.len() as u64, Some(Digest::of(&bytes)));
         let parts: Vec<_> = stream.parts.collect().await;
-        assert_eq!(parts.into_iter().flat_map(Result::unwrap).collect::<Vec<u8>>(), bytes);
+        assert_eq!(
+            parts
+                .into_iter()
+                .flat_map(Result::unwrap)
+                .collect::<Vec<u8>>(),
+            bytes
+        );
         let stream = stream_file(path, bytes.len() as u64, Some(Digest::of(b"other")));
         let parts: Vec<_> = stream.parts.collect().await;
         assert!(parts.last().unwrap().is_err());

@@ -15,7 +15,7 @@ use tokio::task::{JoinError, JoinSet, spawn_blocking};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
-    Phase, Progress, Published, PublishError, PublishOptions, Report, SkipReason,
+    Phase, Progress, PublishError, PublishOptions, Published, Report, SkipReason,
     assemble::{Assembler, ObjectId, Place, Row, RowKind},
     bundle::{Bundle, LARGE_FILE},
     content::{Hashed, Stamp, hash, read_small},
@@ -63,10 +63,24 @@ pub async fn publish_directory(
         .map_err(PublishError::scratch(&options.scratch))?;
 
     progress.phase(Phase::Discover);
-    let previous = Previous::fetch(catalog, &name, scratch.path()).await?.map(Arc::new);
+    let previous = Previous::fetch(catalog, &name, scratch.path())
+        .await?
+        .map(Arc::new);
     let walk = Walk::new(&root, &meta, options.threads);
-    let discovered = discover(&root, walk, previous.clone(), options, &progress, scratch.path()).await?;
-    let Discovered { spool, usage, mut report } = discovered;
+    let discovered = discover(
+        &root,
+        walk,
+        previous.clone(),
+        options,
+        &progress,
+        scratch.path(),
+    )
+    .await?;
+    let Discovered {
+        spool,
+        usage,
+        mut report,
+    } = discovered;
     report.previous = previous.as_ref().map(|previous| previous.version);
 
     progress.phase(Phase::Upload);
@@ -79,11 +93,20 @@ pub async fn publish_directory(
     });
     let assembler = Assembler::start(scratch.path(), options.memory_limit, previous);
     let mut settle = Settle::new(source.clone(), assembler, &mut report);
-    let batches = stream::try_unfold(Batches { spool, waiting: None }, |mut batches| async move {
-        let batch = batches.next()?;
-        Ok::<_, std::io::Error>((!batch.is_empty()).then_some((batch, batches)))
+    let batches = stream::try_unfold(
+        Batches {
+            spool,
+            waiting: None,
+        },
+        |mut batches| async move {
+            let batch = batches.next()?;
+            Ok::<_, std::io::Error>((!batch.is_empty()).then_some((batch, batches)))
+        },
+    )
+    .map_err(|source| PublishError::Scratch {
+        path: options.scratch.clone(),
+        source,
     })
-    .map_err(|source| PublishError::Scratch { path: options.scratch.clone(), source })
     .map(|batch| {
         let source = source.clone();
         async move { AbortOnDropHandle::new(tokio::spawn(source.read(batch?))).await? }
@@ -101,8 +124,15 @@ pub async fn publish_directory(
 
     progress.phase(Phase::Tree);
     let built = assembler.finish().await?;
-    let record =
-        publish_tree(built, name, OriginLocation::Catalog, catalog, options, &progress).await?;
+    let record = publish_tree(
+        built,
+        name,
+        OriginLocation::Catalog,
+        catalog,
+        options,
+        &progress,
+    )
+    .await?;
     Ok(Published { record, report })
 }
 
@@ -111,7 +141,9 @@ fn source_directory(dir: &Path) -> Result<(PathBuf, std::fs::Metadata), PublishE
     let root = dir.canonicalize().map_err(unreadable)?;
     let meta = root.metadata().map_err(unreadable)?;
     if !meta.is_dir() {
-        return Err(PublishError::NotADirectory { path: dir.to_owned() });
+        return Err(PublishError::NotADirectory {
+            path: dir.to_owned(),
+        });
     }
     Ok((root, meta))
 }
@@ -126,11 +158,18 @@ fn refuse_to_publish_ourselves(
         StoreKind::File(path) => Some((path, "the catalog")),
         _ => None,
     };
-    for (inner, what) in store.into_iter().chain([(options.scratch.clone(), "the temporary files")]) {
+    for (inner, what) in store
+        .into_iter()
+        .chain([(options.scratch.clone(), "the temporary files")])
+    {
         // What is not there yet lies where its parent does.
         let existing = inner.ancestors().find_map(|path| path.canonicalize().ok());
         if existing.is_some_and(|path| path.starts_with(root)) {
-            return Err(PublishError::Contains { path: root.to_owned(), inner, what });
+            return Err(PublishError::Contains {
+                path: root.to_owned(),
+                inner,
+                what,
+            });
         }
     }
     Ok(())
@@ -179,9 +218,11 @@ impl Unreadable {
     fn into_result(self) -> Result<(), PublishError> {
         match self.first {
             None => Ok(()),
-            Some(source) => {
-                Err(PublishError::Unreadable { paths: self.paths, count: self.count, source })
-            }
+            Some(source) => Err(PublishError::Unreadable {
+                paths: self.paths,
+                count: self.count,
+                source,
+            }),
         }
     }
 }
@@ -198,7 +239,9 @@ async fn discover(
     let in_scratch = || PublishError::scratch(scratch);
     let file = tempfile::tempfile_in(scratch).map_err(in_scratch())?;
     let mut spool = SpoolWriter::new(file);
-    let mut usage = previous.as_ref().map_or_else(Usage::none, |previous| previous.usage());
+    let mut usage = previous
+        .as_ref()
+        .map_or_else(Usage::none, |previous| previous.usage());
     let mut report = Report::default();
     let mut unreadable = Unreadable::default();
 
@@ -213,16 +256,23 @@ async fn discover(
                 for (path, error) in listing.unreadable {
                     rest.unreadable.add(path, error);
                 }
-                let batches = in_batches(listing.entries).into_iter().map(Ok).chain([Err(rest)]);
+                let batches = in_batches(listing.entries)
+                    .into_iter()
+                    .map(Ok)
+                    .chain([Err(rest)]);
                 stream::iter(batches.map(Ok::<_, JoinError>))
             })
             .try_flatten()
             .map(|batch| {
-                let (root, previous, checksum) = (root.to_owned(), previous.clone(), options.checksum);
+                let (root, previous, checksum) =
+                    (root.to_owned(), previous.clone(), options.checksum);
                 async move {
                     match batch? {
                         Ok(batch) => {
-                            spawn_blocking(move || plan(&root, batch, previous.as_deref(), checksum)).await?
+                            spawn_blocking(move || {
+                                plan(&root, batch, previous.as_deref(), checksum)
+                            })
+                            .await?
                         }
                         Err(done) => Ok(done),
                     }
@@ -235,7 +285,9 @@ async fn discover(
             spool.push(planned).map_err(in_scratch())?;
         }
         planning.kept.iter().for_each(|kept| usage.count(kept));
-        report.hard_linked_files.add_assign(planning.report.hard_linked_files);
+        report
+            .hard_linked_files
+            .add_assign(planning.report.hard_linked_files);
         report.skipped.merge(planning.report.skipped);
         unreadable.merge(planning.unreadable);
         progress.discovered(planning.files, planning.bytes);
@@ -244,7 +296,11 @@ async fn discover(
     if let Some(previous) = &previous {
         report.repacked_bundles = usage.decide(previous)?;
     }
-    Ok(Discovered { spool: spool.into_reader().map_err(in_scratch())?, usage, report })
+    Ok(Discovered {
+        spool: spool.into_reader().map_err(in_scratch())?,
+        usage,
+        report,
+    })
 }
 
 /// Splits a directory so that no task has much to do (a large one with `checksum` has).
@@ -253,7 +309,9 @@ fn in_batches(entries: Vec<Found>) -> Vec<Vec<Found>> {
     let mut bytes = 0;
     for found in entries {
         match batches.last_mut() {
-            Some(batch) if batch.len() < BATCH_ENTRIES && bytes < 16 * BATCH_BYTES => batch.push(found),
+            Some(batch) if batch.len() < BATCH_ENTRIES && bytes < 16 * BATCH_BYTES => {
+                batch.push(found)
+            }
             _ => {
                 bytes = 0;
                 batches.push(vec![found]);
@@ -272,7 +330,12 @@ fn plan(
     checksum: bool,
 ) -> Result<Planning, PublishError> {
     let mut planning = Planning::default();
-    for Found { path, mut stamp, kind } in batch {
+    for Found {
+        path,
+        mut stamp,
+        kind,
+    } in batch
+    {
         let plan = match kind {
             FoundKind::Directory => Plan::Directory,
             FoundKind::Symlink { target } => Plan::Symlink { target },
@@ -289,7 +352,9 @@ fn plan(
                     }
                     Ok(None) => {
                         let local = local_path(root, &path);
-                        if let Err(error) = nix::unistd::eaccess(&local, nix::unistd::AccessFlags::R_OK) {
+                        if let Err(error) =
+                            nix::unistd::eaccess(&local, nix::unistd::AccessFlags::R_OK)
+                        {
                             planning.unreadable.add(local, error.into());
                             continue;
                         }
@@ -321,15 +386,21 @@ fn unchanged(
     previous: Option<&Previous>,
     checksum: bool,
 ) -> Result<Option<(RowNo, Kept)>, PublishError> {
-    let Some(previous) = previous else { return Ok(None) };
-    let Some((row, size)) = previous.find(path)? else { return Ok(None) };
+    let Some(previous) = previous else {
+        return Ok(None);
+    };
+    let Some((row, size)) = previous.find(path)? else {
+        return Ok(None);
+    };
     if size != stamp.size {
         return Ok(None);
     }
     if !checksum && !previous.looks_unchanged(row, stamp)? {
         return Ok(None);
     }
-    let Some(kept) = previous.kept(row)? else { return Ok(None) };
+    let Some(kept) = previous.kept(row)? else {
+        return Ok(None);
+    };
     if checksum {
         let (read, hashed) = hash(&local_path(root, path))?;
         if hashed.digest != kept.digest {
@@ -383,18 +454,28 @@ struct Ready {
 
 enum ReadyBytes {
     Directory,
-    Symlink { target: Vec<u8> },
+    Symlink {
+        target: Vec<u8>,
+    },
     Empty,
     /// The previous version has them. `unchanged`: under the same path, too.
-    Kept { kept: Kept, unchanged: bool },
-    Small { bytes: Vec<u8>, digest: Digest },
+    Kept {
+        kept: Kept,
+        unchanged: bool,
+    },
+    Small {
+        bytes: Vec<u8>,
+        digest: Digest,
+    },
     Large(Hashed),
 }
 
 enum Read {
     Ready(Ready),
     /// Too large to be read into memory (or has grown to be): for `upload_large`.
-    Large { path: Vec<u8> },
+    Large {
+        path: Vec<u8>,
+    },
 }
 
 /// What the reading tasks share.
@@ -410,7 +491,10 @@ impl Source {
     async fn read(self: Arc<Self>, batch: Vec<Planned>) -> Result<Vec<Ready>, PublishError> {
         let source = self.clone();
         let batch = spawn_blocking(move || {
-            batch.into_iter().map(|planned| source.read_one(planned)).collect::<Result<Vec<_>, _>>()
+            batch
+                .into_iter()
+                .map(|planned| source.read_one(planned))
+                .collect::<Result<Vec<_>, _>>()
         })
         .await??;
         let mut all = Vec::with_capacity(batch.len());
@@ -429,7 +513,10 @@ impl Source {
             Plan::Directory => ReadyBytes::Directory,
             Plan::Symlink { target } => ReadyBytes::Symlink { target },
             Plan::Unchanged(row) => match self.kept(row)? {
-                Some(kept) => ReadyBytes::Kept { kept, unchanged: true },
+                Some(kept) => ReadyBytes::Kept {
+                    kept,
+                    unchanged: true,
+                },
                 None => return self.read_file(path, stamp),
             },
             Plan::Read => return self.read_file(path, stamp),
@@ -439,8 +526,12 @@ impl Source {
 
     /// `None` if the object that holds this row's bytes is bundled anew.
     fn kept(&self, row: RowNo) -> Result<Option<Kept>, PublishError> {
-        let Some(previous) = &self.previous else { return Ok(None) };
-        Ok(previous.kept(row)?.filter(|kept| self.usage.keeps(kept.content.object)))
+        let Some(previous) = &self.previous else {
+            return Ok(None);
+        };
+        Ok(previous
+            .kept(row)?
+            .filter(|kept| self.usage.keeps(kept.content.object)))
     }
 
     fn read_file(&self, path: Vec<u8>, stamp: Stamp) -> Result<Read, PublishError> {
@@ -448,13 +539,18 @@ impl Source {
             return Ok(Read::Large { path });
         }
         let (stamp, bytes) = read_small(&local_path(&self.root, &path), LARGE_FILE)?;
-        let Some(bytes) = bytes else { return Ok(Read::Large { path }) };
+        let Some(bytes) = bytes else {
+            return Ok(Read::Large { path });
+        };
         let bytes = if bytes.is_empty() {
             ReadyBytes::Empty
         } else {
             let digest = Digest::of(&bytes);
             match self.find_digest(&digest)? {
-                Some(kept) => ReadyBytes::Kept { kept, unchanged: false },
+                Some(kept) => ReadyBytes::Kept {
+                    kept,
+                    unchanged: false,
+                },
                 None => ReadyBytes::Small { bytes, digest },
             }
         };
@@ -480,18 +576,32 @@ impl Source {
             })
             .await??;
             if stamp.size == 0 {
-                return Ok(Ready { path, stamp, bytes: ReadyBytes::Empty });
+                return Ok(Ready {
+                    path,
+                    stamp,
+                    bytes: ReadyBytes::Empty,
+                });
             }
             if let Some(kept) = kept {
-                let bytes = ReadyBytes::Kept { kept, unchanged: false };
+                let bytes = ReadyBytes::Kept {
+                    kept,
+                    unchanged: false,
+                };
                 return Ok(Ready { path, stamp, bytes });
             }
-            let upload = self.uploader.file(&local, stamp.size, hashed.digest, &settled).await?;
+            let upload = self
+                .uploader
+                .file(&local, stamp.size, hashed.digest, &settled)
+                .await?;
             if upload == FileUpload::Done {
                 // What was there already was not told of on the way.
                 let told = settled.load(Ordering::Relaxed);
                 self.progress.settled(0, stamp.size.saturating_sub(told));
-                return Ok(Ready { path, stamp, bytes: ReadyBytes::Large(hashed) });
+                return Ok(Ready {
+                    path,
+                    stamp,
+                    bytes: ReadyBytes::Large(hashed),
+                });
             }
         }
         Err(PublishError::Changed { path: local })
@@ -539,7 +649,12 @@ impl<'report> Settle<'report> {
     async fn file(&mut self, ready: Ready) -> Result<(), PublishError> {
         let Ready { path, stamp, bytes } = ready;
         let size = stamp.size;
-        let row = |kind| Row { path, mode: stamp.mode, modified: stamp.modified, kind };
+        let row = |kind| Row {
+            path,
+            mode: stamp.mode,
+            modified: stamp.modified,
+            kind,
+        };
         let (place, digest) = match bytes {
             ReadyBytes::Directory => return self.assembler.row(row(RowKind::Directory)).await,
             ReadyBytes::Symlink { target } => {
@@ -547,7 +662,11 @@ impl<'report> Settle<'report> {
             }
             ReadyBytes::Empty => {
                 self.source.progress.settled(1, 0);
-                let kind = RowKind::File { size: 0, place: None, digest: Digest::of(b"") };
+                let kind = RowKind::File {
+                    size: 0,
+                    place: None,
+                    digest: Digest::of(b""),
+                };
                 return self.assembler.row(row(kind)).await;
             }
             ReadyBytes::Kept { kept, unchanged } => {
@@ -560,7 +679,13 @@ impl<'report> Settle<'report> {
                 }
                 self.source.progress.settled(1, size);
                 let object = self.kept_object(kept.content.object).await?;
-                (Place { object, offset: kept.content.offset }, kept.digest)
+                (
+                    Place {
+                        object,
+                        offset: kept.content.offset,
+                    },
+                    kept.digest,
+                )
             }
             ReadyBytes::Small { bytes, digest } => {
                 self.source.progress.settled(1, size);
@@ -573,14 +698,20 @@ impl<'report> Settle<'report> {
                     Some(place) => self.duplicate(*place, size),
                     None => {
                         let object = self.new_object();
-                        self.assembler.object(object, published(&digest, size), sums).await?;
+                        self.assembler
+                            .object(object, published(&digest, size), sums)
+                            .await?;
                         self.remember(digest, Place { object, offset: 0 })
                     }
                 };
                 (place, digest)
             }
         };
-        let row = row(RowKind::File { size, place: Some(place), digest });
+        let row = row(RowKind::File {
+            size,
+            place: Some(place),
+            digest,
+        });
         if place.object == self.bundle_id {
             self.pending.push(row);
             return Ok(());
@@ -618,7 +749,10 @@ impl<'report> Settle<'report> {
         if !self.bundle.has_room_for(bytes.len()) {
             self.seal().await?;
         }
-        let place = Place { object: self.bundle_id, offset: self.bundle.push(bytes) };
+        let place = Place {
+            object: self.bundle_id,
+            offset: self.bundle.push(bytes),
+        };
         Ok(self.remember(digest, place))
     }
 
@@ -631,12 +765,15 @@ impl<'report> Settle<'report> {
         let bundle = std::mem::replace(&mut self.bundle, Bundle::new());
         let sealed = spawn_blocking(move || bundle.seal()).await?;
         let object = published(&sealed.digest, sealed.bytes.len() as u64);
-        self.assembler.object(id, object, sealed.sums.clone()).await?;
+        self.assembler
+            .object(id, object, sealed.sums.clone())
+            .await?;
         for row in self.pending.drain(..) {
             self.assembler.row(row).await?;
         }
         let source = self.source.clone();
-        self.uploads.spawn(async move { source.uploader.bundle(sealed).await });
+        self.uploads
+            .spawn(async move { source.uploader.bundle(sealed).await });
         Ok(())
     }
 
@@ -660,5 +797,10 @@ impl<'report> Settle<'report> {
 }
 
 fn published(digest: &Digest, size: u64) -> Object {
-    Object { key: object_key(digest), size, pin: Pin::Content, digest: Some(*digest) }
+    Object {
+        key: object_key(digest),
+        size,
+        pin: Pin::Content,
+        digest: Some(*digest),
+    }
 }

@@ -122,7 +122,11 @@ pub(super) fn meaning(key: &str) -> KeyMeaning<'_> {
         };
         return KeyMeaning::Nothing(reason);
     }
-    if directory { KeyMeaning::Directory(path) } else { KeyMeaning::File(path) }
+    if directory {
+        KeyMeaning::Directory(path)
+    } else {
+        KeyMeaning::File(path)
+    }
 }
 
 #[cfg(test)]

@@ -2,11 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{
-    Phase, Progress, PublishError, PublishOptions,
-    content::stream_file,
-    upload::size_of,
-};
+use super::{Phase, Progress, PublishError, PublishOptions, content::stream_file, upload::size_of};
 use crate::{
     catalog::{Catalog, Draft, OriginLocation, Record, TreePart, TreeParts},
     origin::Store,
@@ -30,8 +26,13 @@ pub(super) async fn publish_tree(
         sums: upload_some(store, built.sums, "sums", progress).await?,
     };
     progress.phase(Phase::Record);
-    let draft =
-        Draft { name, tree, origin, message: options.message.clone(), totals: built.totals };
+    let draft = Draft {
+        name,
+        tree,
+        origin,
+        message: options.message.clone(),
+        totals: built.totals,
+    };
     Ok(catalog.publish(draft).await?)
 }
 
@@ -53,7 +54,12 @@ async fn upload(
     suffix: &str,
     progress: &Arc<dyn Progress>,
 ) -> Result<TreePart, PublishError> {
-    let BuiltPart { path, digest, size, wire_size } = part;
+    let BuiltPart {
+        path,
+        digest,
+        size,
+        wire_size,
+    } = part;
     let mut key = format!("trees/{digest}.{suffix}");
     let mut there = size_of(store, &key).await?;
     if there.is_some_and(|size| size != wire_size) {
@@ -66,5 +72,10 @@ async fn upload(
         store.put_stream(&key, wire_size, stream.parts).await?;
         progress.sent(wire_size);
     }
-    Ok(TreePart { digest, key, size, wire_size })
+    Ok(TreePart {
+        digest,
+        key,
+        size,
+        wire_size,
+    })
 }

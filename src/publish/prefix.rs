@@ -9,7 +9,7 @@ use tokio::{sync::mpsc, task::spawn_blocking};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
-    Phase, Progress, Published, PublishError, PublishOptions, Report, SkipReason, Skipped,
+    Phase, Progress, PublishError, PublishOptions, Published, Report, SkipReason, Skipped,
     keys::{KeyMeaning, meaning},
     listing::list_all,
     parts::publish_tree,
@@ -46,22 +46,59 @@ pub async fn register(
         .map_err(PublishError::scratch(&options.scratch))?;
 
     progress.phase(Phase::Discover);
-    let (pages, received) = mpsc::channel(PAGES_AHEAD);
-    let sorter = Sorter::new(scratch.path(), options.memory_limit);
-    let (dir, teller) = (scratch.path().to_owned(), progress.clone());
-    let sorting = AbortOnDropHandle::new(spawn_blocking(move || collect(sorter, received, &dir, &*teller)));
     // A directory is listed as the file system gives it, and from its start each time.
     let sorted = !matches!(url.kind(), StoreKind::File(_));
-    list_all(store, sorted, options.threads, pages).await?;
-    let (entries, mut skipped) = sorting.await??;
+    let listed = match list_and_sort(store, sorted, options, scratch.path(), &progress).await {
+        // A store that keeps no order (S3 directory buckets): one task, without cuts.
+        Err(PublishError::BadListing { .. }) if sorted => {
+            list_and_sort(store, false, options, scratch.path(), &progress).await
+        }
+        listed => listed,
+    };
+    let (entries, mut skipped) = listed?;
 
     progress.phase(Phase::Tree);
-    let (dir, memory_limit, shown) = (scratch.path().to_owned(), options.memory_limit, url.to_string());
-    let (built, clashes) = spawn_blocking(move || build(entries, &dir, memory_limit, shown)).await??;
+    let (dir, memory_limit, shown) = (
+        scratch.path().to_owned(),
+        options.memory_limit,
+        url.to_string(),
+    );
+    let (built, clashes) =
+        spawn_blocking(move || build(entries, &dir, memory_limit, shown)).await??;
     skipped.merge(clashes);
-    let record =
-        publish_tree(built, name, OriginLocation::Url(url), catalog, options, &progress).await?;
-    Ok(Published { record, report: Report { skipped, ..Report::default() } })
+    let record = publish_tree(
+        built,
+        name,
+        OriginLocation::Url(url),
+        catalog,
+        options,
+        &progress,
+    )
+    .await?;
+    Ok(Published {
+        record,
+        report: Report {
+            skipped,
+            ..Report::default()
+        },
+    })
+}
+
+async fn list_and_sort(
+    store: &Store,
+    sorted: bool,
+    options: &PublishOptions,
+    scratch: &Path,
+    progress: &Arc<dyn Progress>,
+) -> Result<(Sorted, Skipped), PublishError> {
+    let (pages, received) = mpsc::channel(PAGES_AHEAD);
+    let sorter = Sorter::new(scratch, options.memory_limit);
+    let (dir, teller) = (scratch.to_owned(), progress.clone());
+    let sorting = AbortOnDropHandle::new(spawn_blocking(move || {
+        collect(sorter, received, &dir, &*teller)
+    }));
+    list_all(store, sorted, options.threads, pages).await?;
+    sorting.await?
 }
 
 /// Takes the pages as they come: what can be a path is sorted, the rest is counted.
@@ -75,7 +112,13 @@ fn collect(
     while let Some(page) = pages.blocking_recv() {
         let (mut files, mut bytes) = (0, 0);
         for object in page {
-            let ObjectInfo { key, size, etag, version_id, modified } = object;
+            let ObjectInfo {
+                key,
+                size,
+                etag,
+                version_id,
+                modified,
+            } = object;
             let (path, file) = match meaning(&key) {
                 KeyMeaning::Nothing(reason) => {
                     skipped.add(reason, key.as_bytes());
@@ -99,12 +142,21 @@ fn collect(
                     (path, Some(ListedFile { size, pin }))
                 }
             };
-            sorter.push(Listed { path, modified, file }).map_err(PublishError::scratch(scratch))?;
+            sorter
+                .push(Listed {
+                    path,
+                    modified,
+                    file,
+                })
+                .map_err(PublishError::scratch(scratch))?;
         }
         progress.discovered(files, bytes);
         progress.settled(files, bytes);
     }
-    Ok((sorter.finish().map_err(PublishError::scratch(scratch))?, skipped))
+    Ok((
+        sorter.finish().map_err(PublishError::scratch(scratch))?,
+        skipped,
+    ))
 }
 
 /// A directory whose entries are being added.
@@ -126,7 +178,11 @@ fn build(
         return Err(PublishError::NothingThere { url });
     }
     while let Some(entry) = entries.next().map_err(PublishError::scratch(scratch))? {
-        let Listed { path, modified, file } = entry;
+        let Listed {
+            path,
+            modified,
+            file,
+        } = entry;
         if let (Some(file), Some(next)) = (&file, entries.peek()) {
             if next.path == path && next.file.is_some() {
                 return Err(PublishError::BadListing { url, key: path });
@@ -152,11 +208,26 @@ fn build(
             let content = match size {
                 0 => None,
                 _ => {
-                    let object = Object { key: path.clone(), size, pin, digest: None };
-                    Some(Content { object: builder.add_object(object, None)?, offset: 0 })
+                    let object = Object {
+                        key: path.clone(),
+                        size,
+                        pin,
+                        digest: None,
+                    };
+                    Some(Content {
+                        object: builder.add_object(object, None)?,
+                        offset: 0,
+                    })
                 }
             };
-            builder.add_file(path.as_bytes(), FILE_MODE, timestamp(modified), size, content, None)?;
+            builder.add_file(
+                path.as_bytes(),
+                FILE_MODE,
+                timestamp(modified),
+                size,
+                content,
+                None,
+            )?;
         }
     }
     while !open.is_empty() {
@@ -171,30 +242,54 @@ fn timestamp((seconds, nanos): (i64, u32)) -> Timestamp {
 
 /// `path` lies in the directory `directory`, at any depth; everything but the root is in `""`.
 fn is_below(path: &str, directory: &str) -> bool {
-    directory.is_empty() || path.strip_prefix(directory).is_some_and(|rest| rest.starts_with('/'))
+    directory.is_empty()
+        || path
+            .strip_prefix(directory)
+            .is_some_and(|rest| rest.starts_with('/'))
 }
 
 /// Makes `directory` the innermost open one; entries come sorted, so what is left never comes back.
-fn enter(builder: &mut TreeBuilder, open: &mut Vec<OpenDirectory>, directory: &str) -> Result<(), PublishError> {
-    while open.last().is_some_and(|last| last.path != directory && !is_below(directory, &last.path)) {
+fn enter(
+    builder: &mut TreeBuilder,
+    open: &mut Vec<OpenDirectory>,
+    directory: &str,
+) -> Result<(), PublishError> {
+    while open
+        .last()
+        .is_some_and(|last| last.path != directory && !is_below(directory, &last.path))
+    {
         leave(builder, open)?;
     }
     if open.is_empty() {
-        open.push(OpenDirectory { path: String::new(), newest: (i64::MIN, 0) });
+        open.push(OpenDirectory {
+            path: String::new(),
+            newest: (i64::MIN, 0),
+        });
     }
     while let Some(last) = open.last()
         && last.path != directory
     {
-        let start = if last.path.is_empty() { 0 } else { last.path.len() + 1 };
-        let end = directory[start..].find('/').map_or(directory.len(), |length| start + length);
+        let start = if last.path.is_empty() {
+            0
+        } else {
+            last.path.len() + 1
+        };
+        let end = directory[start..]
+            .find('/')
+            .map_or(directory.len(), |length| start + length);
         let path = directory[..end].to_owned();
-        open.push(OpenDirectory { path, newest: (i64::MIN, 0) });
+        open.push(OpenDirectory {
+            path,
+            newest: (i64::MIN, 0),
+        });
     }
     Ok(())
 }
 
 fn leave(builder: &mut TreeBuilder, open: &mut Vec<OpenDirectory>) -> Result<(), PublishError> {
-    let Some(OpenDirectory { path, newest }) = open.pop() else { return Ok(()) };
+    let Some(OpenDirectory { path, newest }) = open.pop() else {
+        return Ok(());
+    };
     if let Some(parent) = open.last_mut() {
         parent.newest = parent.newest.max(newest);
     }
@@ -230,13 +325,24 @@ mod tests {
         let (built, clashes) = build(sorted, scratch.path(), 1 << 20, "s3://b".to_owned()).unwrap();
         skipped.merge(clashes);
         let (rows, out) = (built.rows, scratch.path().join("rows"));
-        unpack(std::fs::File::open(&rows.path).unwrap(), rows.size, rows.digest, &out).unwrap();
-        (Tree::from_bytes(std::fs::read(&out).unwrap()).unwrap(), skipped)
+        unpack(
+            std::fs::File::open(&rows.path).unwrap(),
+            rows.size,
+            rows.digest,
+            &out,
+        )
+        .unwrap();
+        (
+            Tree::from_bytes(std::fs::read(&out).unwrap()).unwrap(),
+            skipped,
+        )
     }
 
     /// Every proper leading part of a path, and the root.
     fn parents(path: &str) -> impl Iterator<Item = String> + '_ {
-        let nested = path.match_indices('/').map(|(end, _)| path[..end].to_owned());
+        let nested = path
+            .match_indices('/')
+            .map(|(end, _)| path[..end].to_owned());
         std::iter::once(String::new()).chain(nested)
     }
 
@@ -316,10 +422,24 @@ mod tests {
         let scratch = tempfile::tempdir().unwrap();
         let mut sorter = Sorter::new(scratch.path(), 1);
         for _ in 0..2 {
-            let file = ListedFile { size: 1, pin: crate::origin::Pin::Content };
-            sorter.push(Listed { path: "a".to_owned(), modified: (0, 0), file: Some(file) }).unwrap();
+            let file = ListedFile {
+                size: 1,
+                pin: crate::origin::Pin::Content,
+            };
+            sorter
+                .push(Listed {
+                    path: "a".to_owned(),
+                    modified: (0, 0),
+                    file: Some(file),
+                })
+                .unwrap();
         }
-        let built = build(sorter.finish().unwrap(), scratch.path(), 1, "s3://b".to_owned());
+        let built = build(
+            sorter.finish().unwrap(),
+            scratch.path(),
+            1,
+            "s3://b".to_owned(),
+        );
         assert!(matches!(built, Err(PublishError::BadListing { key, .. }) if key == "a"));
     }
 }

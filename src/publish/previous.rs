@@ -13,18 +13,16 @@ use std::{
 
 use futures::StreamExt;
 
-use super::{
-    PublishError,
-    bundle::slot,
-    content::Stamp,
-};
+use super::{PublishError, bundle::slot, content::Stamp};
 use crate::{
     block::block_count,
     catalog::{Catalog, CatalogError, OriginLocation, Record, TreePart},
     digest::{BlockSum, Digest},
     origin::{Pin, Store},
     reference::{PinnedReference, QualifiedName, VersionNumber},
-    tree::{Content, Digests, EntryKind, Object, ObjectNo, RowNo, SumFrame, Tree, TreeError, unpack},
+    tree::{
+        Content, Digests, EntryKind, Object, ObjectNo, RowNo, SumFrame, Tree, TreeError, unpack,
+    },
 };
 
 pub(super) struct Previous {
@@ -54,15 +52,31 @@ impl Previous {
     ) -> Result<Option<Self>, PublishError> {
         let versions = match catalog.versions(name).await {
             Ok(versions) => versions,
-            Err(CatalogError::NoSuchUser { .. } | CatalogError::NoSuchDatastore { .. }) => return Ok(None),
+            Err(CatalogError::NoSuchUser { .. } | CatalogError::NoSuchDatastore { .. }) => {
+                return Ok(None);
+            }
             Err(error) => return Err(error.into()),
         };
-        let Some(version) = versions.into_iter().max() else { return Ok(None) };
-        let record = catalog.record(&PinnedReference { name: name.clone(), version }).await?;
-        let Record { tree: parts, origin: OriginLocation::Catalog, .. } = record else {
+        let Some(version) = versions.into_iter().max() else {
             return Ok(None);
         };
-        let (Some(digests), Some(sums)) = (parts.digests, parts.sums) else { return Ok(None) };
+        let record = catalog
+            .record(&PinnedReference {
+                name: name.clone(),
+                version,
+            })
+            .await?;
+        let Record {
+            tree: parts,
+            origin: OriginLocation::Catalog,
+            ..
+        } = record
+        else {
+            return Ok(None);
+        };
+        let (Some(digests), Some(sums)) = (parts.digests, parts.sums) else {
+            return Ok(None);
+        };
         let store = catalog.store();
         let rows = fetch_packed(store, &parts.rows, scratch, "previous.rows").await?;
         let digests = fetch_packed(store, &digests, scratch, "previous.digests").await?;
@@ -72,14 +86,26 @@ impl Previous {
         if !tree.has_sums() {
             return Ok(None);
         }
-        Ok(Some(Self { version, tree, digests, sums, sums_path, by_digest: OnceLock::new() }))
+        Ok(Some(Self {
+            version,
+            tree,
+            digests,
+            sums,
+            sums_path,
+            by_digest: OnceLock::new(),
+        }))
     }
 
     /// The file at this path.
     pub fn find(&self, path: &[u8]) -> Result<Option<(RowNo, u64)>, PublishError> {
-        let Some(row) = self.tree.find(path)? else { return Ok(None) };
+        let Some(row) = self.tree.find(path)? else {
+            return Ok(None);
+        };
         match self.tree.entry(row)?.kind {
-            EntryKind::File { size, content: Some(_) } => Ok(Some((row, size))),
+            EntryKind::File {
+                size,
+                content: Some(_),
+            } => Ok(Some((row, size))),
             _ => Ok(None),
         }
     }
@@ -93,15 +119,27 @@ impl Previous {
 
     /// `None` if the row is not a file with bytes and a digest.
     pub fn kept(&self, row: RowNo) -> Result<Option<Kept>, PublishError> {
-        let EntryKind::File { size, content: Some(content) } = self.tree.entry(row)?.kind else {
+        let EntryKind::File {
+            size,
+            content: Some(content),
+        } = self.tree.entry(row)?.kind
+        else {
             return Ok(None);
         };
         let digest = self.digests.of(&self.tree, row)?;
-        Ok(digest.map(|digest| Kept { size, content, digest }))
+        Ok(digest.map(|digest| Kept {
+            size,
+            content,
+            digest,
+        }))
     }
 
     /// A file of the previous version with these bytes, wherever it lay, in an object that is kept.
-    pub fn find_digest(&self, digest: &Digest, usage: &Usage) -> Result<Option<Kept>, PublishError> {
+    pub fn find_digest(
+        &self,
+        digest: &Digest,
+        usage: &Usage,
+    ) -> Result<Option<Kept>, PublishError> {
         let index = match self.by_digest.get() {
             Some(index) => index,
             None => {
@@ -111,7 +149,10 @@ impl Previous {
         };
         let prefix = prefix_of(digest);
         let start = index.partition_point(|(other, _)| *other < prefix);
-        for (_, row) in index[start..].iter().take_while(|(other, _)| *other == prefix) {
+        for (_, row) in index[start..]
+            .iter()
+            .take_while(|(other, _)| *other == prefix)
+        {
             if let Some(kept) = self.kept(*row)?
                 && kept.digest == *digest
                 && usage.keeps(kept.content.object)
@@ -138,7 +179,11 @@ impl Previous {
     }
 
     /// The sums of all blocks of an object, each frame verified.
-    pub fn sums(&self, object: ObjectNo, frames: &mut FrameCache) -> Result<Vec<BlockSum>, PublishError> {
+    pub fn sums(
+        &self,
+        object: ObjectNo,
+        frames: &mut FrameCache,
+    ) -> Result<Vec<BlockSum>, PublishError> {
         let size = self.tree.object(object)?.size;
         let mut sums = Vec::with_capacity(usize::try_from(block_count(size)).unwrap_or(0));
         for frame in self.tree.sum_frames(object, 0..block_count(size))? {
@@ -148,7 +193,10 @@ impl Previous {
     }
 
     pub fn usage(&self) -> Usage {
-        Usage { used: vec![0; self.tree.object_count() as usize], repack: Vec::new() }
+        Usage {
+            used: vec![0; self.tree.object_count() as usize],
+            repack: Vec::new(),
+        }
     }
 }
 
@@ -163,7 +211,12 @@ fn prefix_of(digest: &Digest) -> u64 {
 pub(super) struct FrameCache(Option<(u64, Vec<u8>)>);
 
 impl FrameCache {
-    fn sums(&mut self, frame: &SumFrame, file: &File, path: &Path) -> Result<Vec<BlockSum>, PublishError> {
+    fn sums(
+        &mut self,
+        frame: &SumFrame,
+        file: &File,
+        path: &Path,
+    ) -> Result<Vec<BlockSum>, PublishError> {
         if let Some((number, bytes)) = &self.0
             && *number == frame.number
         {
@@ -171,7 +224,8 @@ impl FrameCache {
         }
         let length = frame.range.end.saturating_sub(frame.range.start);
         let mut bytes = vec![0; usize::try_from(length).map_err(|_| TreeError::ShortFrame)?];
-        file.read_exact_at(&mut bytes, frame.range.start).map_err(PublishError::scratch(path))?;
+        file.read_exact_at(&mut bytes, frame.range.start)
+            .map_err(PublishError::scratch(path))?;
         let sums = frame.sums(&bytes)?;
         self.0 = Some((frame.number, bytes));
         Ok(sums)
@@ -190,7 +244,10 @@ pub(super) struct Usage {
 impl Usage {
     /// Without a previous version.
     pub fn none() -> Self {
-        Self { used: Vec::new(), repack: Vec::new() }
+        Self {
+            used: Vec::new(),
+            repack: Vec::new(),
+        }
     }
 
     pub fn count(&mut self, kept: &Kept) {
@@ -238,12 +295,18 @@ async fn fetch_packed(
 /// A part as it is on the wire, in a local file, read from its start.
 async fn download(store: &Store, part: &TreePart, path: &Path) -> Result<File, PublishError> {
     let scratch = || PublishError::scratch(path);
-    let mut file =
-        File::options().read(true).write(true).create_new(true).open(path).map_err(scratch())?;
+    let mut file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(path)
+        .map_err(scratch())?;
     if part.wire_size == 0 {
         return Ok(file);
     }
-    let mut stream = store.get_range(&part.key, &Pin::Content, 0..part.wire_size).await?;
+    let mut stream = store
+        .get_range(&part.key, &Pin::Content, 0..part.wire_size)
+        .await?;
     while let Some(bytes) = stream.next().await {
         let bytes = bytes?;
         file.write_all(&bytes).map_err(scratch())?;
@@ -251,7 +314,6 @@ async fn download(store: &Store, part: &TreePart, path: &Path) -> Result<File, P
     file.seek(SeekFrom::Start(0)).map_err(scratch())?;
     Ok(file)
 }
-
 
 #[cfg(test)]
 mod tests {

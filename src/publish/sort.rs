@@ -15,6 +15,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::origin::Pin;
 
+/// Part by part: a slash comes before every other byte (keys with NUL are no paths).
+pub(super) fn part_order(a: &str, b: &str) -> Ordering {
+    let slash_first = |byte| if byte == b'/' { 0 } else { byte };
+    a.bytes().map(slash_first).cmp(b.bytes().map(slash_first))
+}
+
 /// What an entry takes up in memory besides its texts, about.
 const OVERHEAD: usize = 120;
 
@@ -36,16 +42,15 @@ pub(super) struct ListedFile {
 impl Listed {
     /// Part by part; a file before a directory of the same name.
     fn order(&self, other: &Self) -> Ordering {
-        let by_part = |path: &str| path.bytes().map(|byte| if byte == b'/' { 0 } else { byte }).collect::<Vec<_>>();
-        match self.path == other.path {
-            true => self.file.is_none().cmp(&other.file.is_none()),
-            false => by_part(&self.path).cmp(&by_part(&other.path)),
-        }
+        part_order(&self.path, &other.path).then(self.file.is_none().cmp(&other.file.is_none()))
     }
 
     fn weight(&self) -> usize {
         let pin = match &self.file {
-            Some(ListedFile { pin: Pin::ETag(text) | Pin::VersionId(text), .. }) => text.len(),
+            Some(ListedFile {
+                pin: Pin::ETag(text) | Pin::VersionId(text),
+                ..
+            }) => text.len(),
             _ => 0,
         };
         OVERHEAD + self.path.len() + pin
@@ -138,7 +143,9 @@ struct Head {
 
 impl Ord for Head {
     fn cmp(&self, other: &Self) -> Ordering {
-        self.entry.order(&other.entry).then(self.run.cmp(&other.run))
+        self.entry
+            .order(&other.entry)
+            .then(self.run.cmp(&other.run))
     }
 }
 
@@ -164,9 +171,14 @@ pub(super) struct Sorted {
 
 impl Sorted {
     pub fn next(&mut self) -> io::Result<Option<Listed>> {
-        let Some(Reverse(Head { entry, run })) = self.heads.pop() else { return Ok(None) };
+        let Some(Reverse(Head { entry, run })) = self.heads.pop() else {
+            return Ok(None);
+        };
         if let Some(following) = self.runs.get_mut(run).map(Run::next).transpose()?.flatten() {
-            self.heads.push(Reverse(Head { entry: following, run }));
+            self.heads.push(Reverse(Head {
+                entry: following,
+                run,
+            }));
         }
         Ok(Some(entry))
     }
@@ -184,8 +196,15 @@ mod tests {
     use super::*;
 
     fn entry(path: String, directory: bool) -> Listed {
-        let file = (!directory).then(|| ListedFile { size: 1, pin: Pin::ETag("e".to_owned()) });
-        Listed { path, modified: (1, 2), file }
+        let file = (!directory).then(|| ListedFile {
+            size: 1,
+            pin: Pin::ETag("e".to_owned()),
+        });
+        Listed {
+            path,
+            modified: (1, 2),
+            file,
+        }
     }
 
     proptest! {

@@ -46,7 +46,10 @@ pub(super) struct SpoolReader {
 impl SpoolWriter {
     /// `file`: empty, and nobody else's.
     pub fn new(file: File) -> Self {
-        Self { file: BufWriter::with_capacity(256 << 10, file), entries: 0 }
+        Self {
+            file: BufWriter::with_capacity(256 << 10, file),
+            entries: 0,
+        }
     }
 
     pub fn push(&mut self, planned: &Planned) -> io::Result<()> {
@@ -69,7 +72,9 @@ impl SpoolWriter {
         out.write_all(&stamp.device.to_le_bytes())?;
         out.write_all(&stamp.inode.to_le_bytes())?;
         for bytes in [path.as_slice(), target] {
-            let length = u32::try_from(bytes.len()).ok().filter(|length| *length <= MAX_BYTES);
+            let length = u32::try_from(bytes.len())
+                .ok()
+                .filter(|length| *length <= MAX_BYTES);
             let length = length.ok_or_else(|| io::Error::other("a path is too long"))?;
             out.write_all(&length.to_le_bytes())?;
             out.write_all(bytes)?;
@@ -79,9 +84,15 @@ impl SpoolWriter {
     }
 
     pub fn into_reader(self) -> io::Result<SpoolReader> {
-        let mut file = self.file.into_inner().map_err(io::IntoInnerError::into_error)?;
+        let mut file = self
+            .file
+            .into_inner()
+            .map_err(io::IntoInnerError::into_error)?;
         file.seek(SeekFrom::Start(0))?;
-        Ok(SpoolReader { file: BufReader::with_capacity(256 << 10, file), left: self.entries })
+        Ok(SpoolReader {
+            file: BufReader::with_capacity(256 << 10, file),
+            left: self.entries,
+        })
     }
 }
 
@@ -94,7 +105,10 @@ impl SpoolReader {
 
     fn time(&mut self) -> io::Result<Timestamp> {
         let seconds = i64::from_le_bytes(self.array()?);
-        Ok(Timestamp { seconds, nanos: u32::from_le_bytes(self.array()?) })
+        Ok(Timestamp {
+            seconds,
+            nanos: u32::from_le_bytes(self.array()?),
+        })
     }
 
     fn bytes(&mut self) -> io::Result<Vec<u8>> {
@@ -128,7 +142,14 @@ impl SpoolReader {
             3 => Plan::Unchanged(RowNo(row)),
             _ => return Err(io::ErrorKind::InvalidData.into()),
         };
-        let stamp = Stamp { size, modified, changed, device, inode, mode };
+        let stamp = Stamp {
+            size,
+            modified,
+            changed,
+            device,
+            inode,
+            mode,
+        };
         Ok(Some(Planned { path, stamp, plan }))
     }
 }
@@ -151,7 +172,14 @@ mod tests {
             |(path, (size, device, inode, mode), times, plan)| {
                 let [modified, changed] =
                     times.map(|(seconds, nanos)| Timestamp { seconds, nanos });
-                let stamp = Stamp { size, modified, changed, device, inode, mode };
+                let stamp = Stamp {
+                    size,
+                    modified,
+                    changed,
+                    device,
+                    inode,
+                    mode,
+                };
                 Planned { path, stamp, plan }
             },
         )

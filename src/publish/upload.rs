@@ -68,7 +68,10 @@ impl Count {
     }
 
     fn get(&self) -> (u64, u64) {
-        (self.objects.load(Ordering::Relaxed), self.bytes.load(Ordering::Relaxed))
+        (
+            self.objects.load(Ordering::Relaxed),
+            self.bytes.load(Ordering::Relaxed),
+        )
     }
 }
 
@@ -100,7 +103,11 @@ impl Uploader {
         }
         let slices: Vec<Bytes> = (0..bundle.bytes.len())
             .step_by(SLICE)
-            .map(|start| bundle.bytes.slice(start..(start + SLICE).min(bundle.bytes.len())))
+            .map(|start| {
+                bundle
+                    .bytes
+                    .slice(start..(start + SLICE).min(bundle.bytes.len()))
+            })
             .collect();
         let progress = self.progress.clone();
         let parts = stream::iter(slices)
@@ -126,8 +133,7 @@ impl Uploader {
         let cell = self.files.lock().entry(digest).or_default().clone();
         let result = cell
             .get_or_try_init(|| self.file_alone(path, size, digest, settled))
-            .await
-            .map(|()| ());
+            .await;
         if result.is_err() || self.files.lock().len() > MAX_REMEMBERED {
             // Whoever waits on the cell keeps it; who comes later asks the store.
             self.files.lock().remove(&digest);

@@ -67,14 +67,25 @@ pub(super) struct Walk {
 
 /// The place of an entry in the local file system.
 pub(super) fn local_path(root: &Path, path: &[u8]) -> PathBuf {
-    if path.is_empty() { root.to_owned() } else { root.join(OsStr::from_bytes(path)) }
+    if path.is_empty() {
+        root.to_owned()
+    } else {
+        root.join(OsStr::from_bytes(path))
+    }
 }
 
 impl Walk {
     pub fn new(root: &Path, meta: &Metadata, threads: usize) -> Self {
-        let found =
-            Found { path: Vec::new(), stamp: Stamp::of(meta), kind: FoundKind::Directory };
-        Self { root: root.into(), stack: vec![Pending::Waiting(found)], threads: threads.max(1) }
+        let found = Found {
+            path: Vec::new(),
+            stamp: Stamp::of(meta),
+            kind: FoundKind::Directory,
+        };
+        Self {
+            root: root.into(),
+            stack: vec![Pending::Waiting(found)],
+            threads: threads.max(1),
+        }
     }
 
     /// The next directory with its entries.
@@ -86,7 +97,8 @@ impl Walk {
         let mut listing = listing.await?;
         listing.entries.insert(0, found);
         let directories = std::mem::take(&mut listing.directories);
-        self.stack.extend(directories.into_iter().rev().map(Pending::Waiting));
+        self.stack
+            .extend(directories.into_iter().rev().map(Pending::Waiting));
         Ok(Some(listing))
     }
 
@@ -138,7 +150,9 @@ fn list(root: &Path, path: &[u8]) -> Listing {
             FoundKind::Directory
         } else if file_type.is_symlink() {
             match std::fs::read_link(entry.path()) {
-                Ok(target) => FoundKind::Symlink { target: target.into_os_string().into_vec() },
+                Ok(target) => FoundKind::Symlink {
+                    target: target.into_os_string().into_vec(),
+                },
                 Err(error) => {
                     listing.unreadable.push((entry.path(), error));
                     continue;
@@ -151,10 +165,16 @@ fn list(root: &Path, path: &[u8]) -> Listing {
         {
             FoundKind::Special
         } else {
-            FoundKind::File { hard_linked: meta.nlink() > 1 }
+            FoundKind::File {
+                hard_linked: meta.nlink() > 1,
+            }
         };
         debug_assert_eq!(Stamp::of(&meta).mode, permissions(&meta));
-        let found = Found { path: full, stamp: Stamp::of(&meta), kind };
+        let found = Found {
+            path: full,
+            stamp: Stamp::of(&meta),
+            kind,
+        };
         if found.kind == FoundKind::Directory {
             listing.directories.push(found);
         } else {
@@ -163,7 +183,9 @@ fn list(root: &Path, path: &[u8]) -> Listing {
     }
     // Whole paths compare as names do: they differ after the directory only.
     listing.entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
-    listing.directories.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+    listing
+        .directories
+        .sort_unstable_by(|a, b| a.path.cmp(&b.path));
     listing
 }
 
@@ -195,8 +217,20 @@ mod tests {
         let found = walk(dir.path(), 1).await;
         let paths: Vec<_> = found.iter().map(|found| found.path.as_slice()).collect();
         let expected: [&[u8]; 14] = [
-            b"", b"b-", b"c", b"not\xffutf8", b"a", b"a/link", b"a/y", b"a/y/q", b"a/z", b"a/z/q",
-            b"b", b"b/a", b"b/x", b"b/x/0",
+            b"",
+            b"b-",
+            b"c",
+            b"not\xffutf8",
+            b"a",
+            b"a/link",
+            b"a/y",
+            b"a/y/q",
+            b"a/z",
+            b"a/z/q",
+            b"b",
+            b"b/a",
+            b"b/x",
+            b"b/x/0",
         ];
         assert_eq!(paths[..14], expected);
         assert_eq!(paths.len(), 15);
@@ -212,7 +246,11 @@ mod tests {
         nix::unistd::mkfifo(&dir.path().join("p"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         std::fs::write(dir.path().join("f"), b"1").unwrap();
         std::fs::hard_link(dir.path().join("f"), dir.path().join("g")).unwrap();
-        let kinds: Vec<_> = walk(dir.path(), 1).await.into_iter().map(|found| found.kind).collect();
+        let kinds: Vec<_> = walk(dir.path(), 1)
+            .await
+            .into_iter()
+            .map(|found| found.kind)
+            .collect();
         let linked = FoundKind::File { hard_linked: true };
         assert_eq!(
             kinds,

@@ -219,7 +219,8 @@ impl TreeBuilder {
         Ok(())
     }
 
-    /// Sorts, checks and writes the parts into `out_dir` as `rows.zst`, `digests.zst` and `sums`.
+    /// Sorts, checks and writes the parts into `out_dir` as `rows.zst`, `digests.zst` and `sums`, replacing
+    /// what has these names. After an error, what lies there is not a part.
     pub fn finish(mut self, out_dir: &Path) -> Result<BuiltTree, TreeError> {
         self.implied.close_parent();
         self.imply()?;

@@ -135,7 +135,7 @@ mod tests {
 
     #[test]
     fn a_bomb_is_not_written_out() {
-        // 4 GiB of zeros in 128 KiB: must stop after the announced bytes, long before the end.
+        // 4 GiB of zeros: must stop after the announced bytes, long before the end.
         struct Zeros(u64);
         impl Read for Zeros {
             fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {

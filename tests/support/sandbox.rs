@@ -68,7 +68,7 @@ impl Sandbox {
     pub fn program(&self, program: impl AsRef<OsStr>) -> Command {
         let root = nix::unistd::geteuid().is_root();
         let mut command = if root && self.uid != 0 {
-            let mut command = Command::new("setpriv");
+            let mut command = Command::new("/usr/bin/setpriv");
             command
                 .arg(format!("--reuid={}", self.uid))
                 .arg(format!("--regid={}", self.uid))
@@ -78,9 +78,14 @@ impl Sandbox {
         } else {
             Command::new(program)
         };
+        // An ordinary user cannot use what lies in root's home.
+        let path = match self.uid {
+            0 => std::env::var_os("PATH").unwrap_or_default(),
+            _ => "/usr/local/bin:/usr/bin:/bin".into(),
+        };
         command
             .env_clear()
-            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+            .env("PATH", path)
             .env("HOME", self.path("home"))
             .env("TMPDIR", self.path("tmp"))
             .env("XDG_RUNTIME_DIR", self.path("run"))

@@ -8,7 +8,7 @@ use super::scratch::Scratch;
 use crate::{
     block::block_count,
     digest::BlockSum,
-    origin::Pin,
+    pin::Pin,
     tree::{
         Object, ObjectNo, TreeError,
         format::{self, ObjectRow},

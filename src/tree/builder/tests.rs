@@ -1,6 +1,6 @@
 use super::*;
 use crate::{
-    origin::Pin,
+    pin::Pin,
     tree::{EntryKind, Tree},
 };
 
