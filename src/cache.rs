@@ -4,7 +4,7 @@
 //!
 //! `docs/cache.md` describes the directory and what survives what. The order of locks: an object's
 //! `lifecycle`, then its `state`; the policy's, the table's and the scan's locks are innermost, are
-//! never held together and never across a system call.
+//! never across a system call; of these only `evicting` and the policy's are held together, in that order.
 
 mod disk;
 mod epochs;
@@ -201,6 +201,8 @@ struct Shared {
     trees: Trees,
     stop: AtomicBool,
     alarm: (Mutex<bool>, Condvar),
+    /// Evictions under way: who finds nothing to evict waits a moment for them.
+    evicting: (Mutex<usize>, Condvar),
 }
 
 pub struct Cache {
@@ -253,6 +255,7 @@ impl Cache {
             scan: Mutex::new(Scan::default()),
             stop: AtomicBool::new(false),
             alarm: (Mutex::new(false), Condvar::new()),
+            evicting: (Mutex::new(0), Condvar::new()),
             config,
         });
         let spawn = |name: &str, work: fn(&Arc<Shared>)| {

@@ -58,7 +58,7 @@ pub enum CatalogError {
     )]
     Unsettled {
         reference: PinnedReference,
-        source: Option<OriginError>,
+        source: Option<Box<OriginError>>,
     },
     #[error("{name} has used up its version numbers")]
     VersionsExhausted { name: QualifiedName },

@@ -110,7 +110,7 @@ impl<R: RecordStore> StoreCatalog<R> {
         }
         Err(CatalogError::Unsettled {
             reference,
-            source: last,
+            source: last.map(Box::new),
         })
     }
 
