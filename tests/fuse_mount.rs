@@ -41,7 +41,7 @@ struct Mount {
 
 impl Mount {
     fn sample(wish: IoModeWish) -> Self {
-        Self::make(wish, |source| sample(source))
+        Self::make(wish, sample)
     }
 
     fn make(wish: IoModeWish, fill: impl FnOnce(&Path)) -> Self {
