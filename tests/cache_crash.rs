@@ -27,14 +27,7 @@ fn open(dir: &Path) -> Arc<Cache> {
 }
 
 fn id(n: usize) -> ObjectId {
-    ObjectId::derive(
-        "team",
-        "s3://bucket",
-        &n.to_string(),
-        "etag",
-        SIZES[n],
-        None,
-    )
+    ObjectId::derive("team", "s3://bucket", &n.to_string(), "etag", SIZES[n], None)
 }
 
 fn truth(n: usize, block: BlockNo) -> Vec<u8> {
@@ -119,11 +112,7 @@ fn killed_at_any_moment_the_cache_serves_only_the_truth() {
         child.wait().unwrap();
         let cache = open(dir.path());
         most = most.max(verify(&cache));
-        assert_eq!(
-            cache.stats().verify_failures,
-            0,
-            "a kill alone damages nothing"
-        );
+        assert_eq!(cache.stats().verify_failures, 0, "a kill alone damages nothing");
     }
     assert!(most > 20, "something was kept: {most}");
 }

@@ -14,9 +14,7 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::{
-    CacheError, CacheStats, Purpose, Shared, disk, object::Evicted, policy::Unit, recovery,
-};
+use super::{CacheError, CacheStats, Purpose, Shared, disk, object::Evicted, policy::Unit, recovery};
 use crate::block::EXTENT_SIZE;
 
 #[derive(Default)]
@@ -189,8 +187,8 @@ impl Shared {
     /// Looks at the disk itself: others write to it too.
     fn renew_credit(&self, bytes: u64) -> Result<(), CacheError> {
         for attempt in 0..8 {
-            let (free, _) = disk::free_space(&self.root)
-                .map_err(|error| CacheError::io("looking at the disk", error))?;
+            let (free, _) =
+                disk::free_space(&self.root).map_err(|error| CacheError::io("looking at the disk", error))?;
             let spare = free.saturating_sub(self.config.min_free);
             if spare > bytes {
                 self.space

@@ -133,7 +133,10 @@ fn own_socket(args: &SocketArgs) -> Result<PathBuf, CliError> {
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, CliError> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(CliError::failed)
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(CliError::failed)
 }
 
 /// To standard error, which is the log file of an agent started on demand. `GRID_MOUNT_LOG` filters

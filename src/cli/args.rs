@@ -161,7 +161,11 @@ Examples:
   grid-mount unmount --all --lazy")]
 pub struct UnmountArgs {
     /// A reference (without a version: every mounted version of it) or a mount point
-    #[arg(value_name = "REF|MOUNTPOINT", required_unless_present = "all", conflicts_with = "all")]
+    #[arg(
+        value_name = "REF|MOUNTPOINT",
+        required_unless_present = "all",
+        conflicts_with = "all"
+    )]
     pub target: Option<String>,
     /// Everything this agent has mounted
     #[arg(long)]
@@ -350,20 +354,30 @@ mod tests {
         let bare = Cli::try_parse_from(["grid-mount", "alice:imagenet/3", "/data"]).unwrap();
         assert!(bare.command.is_none());
         assert_eq!(bare.mount.reference.as_deref(), Some("alice:imagenet/3"));
-        let Some(Command::Mount(spelt)) =
-            Cli::try_parse_from(["grid-mount", "mount", "alice:imagenet/3"]).unwrap().command
+        let Some(Command::Mount(spelt)) = Cli::try_parse_from(["grid-mount", "mount", "alice:imagenet/3"])
+            .unwrap()
+            .command
         else {
             panic!("not a mount");
         };
         assert_eq!(spelt.reference.as_deref(), Some("alice:imagenet/3"));
-        assert!(Cli::try_parse_from(["grid-mount", "list", "--global"]).unwrap().command.is_some());
+        assert!(
+            Cli::try_parse_from(["grid-mount", "list", "--global"])
+                .unwrap()
+                .command
+                .is_some()
+        );
     }
 
     /// The short help has to fit on a screen of 80 × 40 and to end in examples.
     #[test]
     fn the_help_fits_on_a_screen() {
         let help = Cli::command().term_width(80).render_help().to_string();
-        assert!(help.lines().count() <= 40, "{} lines:\n{help}", help.lines().count());
+        assert!(
+            help.lines().count() <= 40,
+            "{} lines:\n{help}",
+            help.lines().count()
+        );
         assert!(help.contains("Examples:"));
         for mut command in Cli::command().get_subcommands().cloned() {
             let name = command.get_name().to_owned();

@@ -48,7 +48,9 @@ pub async fn mount(args: MountArgs) -> Result<(), CliError> {
 /// What the agent is asked: everything that concerns the caller.
 pub fn request(args: &MountArgs, settings: &Settings) -> Result<MountRequest, CliError> {
     let Some(typed) = &args.reference else {
-        return Err(CliError::Usage("name what to mount: user:datastore/version".into()));
+        return Err(CliError::Usage(
+            "name what to mount: user:datastore/version".into(),
+        ));
     };
     let reference: Reference = typed.parse().map_err(CliError::usage)?;
     let mount_point = match &args.mount_point {
@@ -135,7 +137,11 @@ pub fn named_socket(args: &SocketArgs) -> Option<PathBuf> {
     if args.own_agent {
         return None;
     }
-    let from_environment = || env::var_os("GRID_MOUNT_SOCKET").filter(|path| !path.is_empty()).map(PathBuf::from);
+    let from_environment = || {
+        env::var_os("GRID_MOUNT_SOCKET")
+            .filter(|path| !path.is_empty())
+            .map(PathBuf::from)
+    };
     args.socket.clone().or_else(from_environment)
 }
 
@@ -159,10 +165,17 @@ pub async fn unmount(args: UnmountArgs) -> Result<(), CliError> {
             return report(&args, &[]);
         }
         let what = args.target.as_deref().unwrap_or_default();
-        return Err(CliError::Failed(format!("{what} is not mounted: no agent is running").into()));
+        return Err(CliError::Failed(
+            format!("{what} is not mounted: no agent is running").into(),
+        ));
     };
-    let outcomes =
-        client.unmount(&UnmountRequest { target, lazy: args.lazy }).await.map_err(CliError::failed)?;
+    let outcomes = client
+        .unmount(&UnmountRequest {
+            target,
+            lazy: args.lazy,
+        })
+        .await
+        .map_err(CliError::failed)?;
     report(&args, &outcomes)
 }
 
@@ -175,10 +188,15 @@ fn report(args: &UnmountArgs, outcomes: &[UnmountOutcome]) -> Result<(), CliErro
         let place = outcome.mount_point.display();
         match &outcome.error {
             Some(error) => {
-                output::note(&format!("grid-mount: {} is still at {place}: {error}", outcome.reference));
+                output::note(&format!(
+                    "grid-mount: {} is still at {place}: {error}",
+                    outcome.reference
+                ));
                 result = Err(CliError::Told);
             }
-            None if !args.output.json => output::print(&format!("{} is no longer at {place}\n", outcome.reference)),
+            None if !args.output.json => {
+                output::print(&format!("{} is no longer at {place}\n", outcome.reference))
+            }
             None => {}
         }
     }
@@ -195,5 +213,8 @@ fn target(args: &UnmountArgs, settings: &Settings) -> Result<UnmountTarget, CliE
         return Ok(UnmountTarget::MountPoint(absolute(Path::new(typed))?));
     }
     let _: Reference = typed.parse().map_err(CliError::usage)?;
-    Ok(UnmountTarget::Reference { reference: typed.to_owned(), user: settings.user.value.clone() })
+    Ok(UnmountTarget::Reference {
+        reference: typed.to_owned(),
+        user: settings.user.value.clone(),
+    })
 }

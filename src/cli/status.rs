@@ -14,11 +14,17 @@ struct Status {
 
 pub async fn status(args: StatusArgs) -> Result<(), CliError> {
     let status = match connect(&args.socket).await? {
-        None => Status { agent: None, mounts: Vec::new() },
+        None => Status {
+            agent: None,
+            mounts: Vec::new(),
+        },
         Some(client) => {
             let agent = client.agent().await.map_err(CliError::failed)?;
             let mounts = client.mounts().await.map_err(CliError::failed)?;
-            Status { agent: Some(agent), mounts }
+            Status {
+                agent: Some(agent),
+                mounts,
+            }
         }
     };
     if args.output.json {
@@ -51,7 +57,10 @@ fn text(status: &Status) -> String {
                 ]
             })
             .collect();
-        text.push_str(&output::table(&["REFERENCE", "MOUNT POINT", "FILES", "SIZE", "I/O MODE", "SINCE"], &rows));
+        text.push_str(&output::table(
+            &["REFERENCE", "MOUNT POINT", "FILES", "SIZE", "I/O MODE", "SINCE"],
+            &rows,
+        ));
     }
     text.push_str(&format!(
         "\nagent {} (pid {}), cache {}: {} of {} used\nread from the cache {}, from origins {} in {} requests ({} retries)\n",
