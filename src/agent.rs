@@ -418,6 +418,14 @@ impl Agent {
         let _ = count.wait_for(|count| *count == 0).await;
     }
 
+    /// Refuses new mounts from now on, if nothing is mounted or being mounted.
+    pub fn stop_if_idle(&self) -> bool {
+        let mut table = self.table.lock();
+        let idle = table.slots.is_empty() && table.requests == 0;
+        table.stopping |= idle;
+        idle
+    }
+
     /// Refuses new mounts and unmounts everything: what is in use is detached, and goes with its last user.
     pub async fn shut_down(&self) {
         self.table.lock().stopping = true;

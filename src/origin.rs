@@ -22,7 +22,6 @@ use object_store::{
     GetOptions, GetRange, ObjectStoreExt as _, PutMode, PutOptions, WriteMultipart,
     list::PaginatedListOptions,
 };
-use serde::{Deserialize, Serialize};
 
 pub use crate::pin::Pin;
 

@@ -46,9 +46,21 @@ pub enum ClientError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    #[error("the agent on {socket} is just ending; try again")]
+    Stopping { socket: PathBuf },
     /// The agent's own words.
     #[error("{0}")]
     Refused(String),
+}
+
+impl ClientError {
+    /// There is no agent, or soon there will be none: a new one can be started.
+    pub fn is_absence(&self) -> bool {
+        matches!(
+            self,
+            Self::NoAgent { .. } | Self::Gone { .. } | Self::Stopping { .. }
+        )
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -102,6 +114,11 @@ impl Client {
             })??;
         if status.is_success() {
             return serde_json::from_slice(&answer).map_err(|source| self.protocol(source));
+        }
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            return Err(ClientError::Stopping {
+                socket: self.socket.clone(),
+            });
         }
         let problem: Problem = serde_json::from_slice(&answer).map_err(|source| self.protocol(source))?;
         Err(ClientError::Refused(problem.message))

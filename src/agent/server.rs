@@ -81,7 +81,11 @@ struct Refusal(StatusCode, String);
 
 impl From<AgentError> for Refusal {
     fn from(error: AgentError) -> Self {
-        Self(StatusCode::UNPROCESSABLE_ENTITY, super::chain(&error))
+        let status = match error {
+            AgentError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
+            _ => StatusCode::UNPROCESSABLE_ENTITY,
+        };
+        Self(status, super::chain(&error))
     }
 }
 

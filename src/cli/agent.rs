@@ -107,8 +107,13 @@ async fn serve(
         if !on_demand {
             return std::future::pending::<()>().await;
         }
-        agent.idle(FIRST_MOUNT_PATIENCE).await;
-        tokio::time::sleep(LINGER).await;
+        loop {
+            agent.idle(FIRST_MOUNT_PATIENCE).await;
+            tokio::time::sleep(LINGER).await;
+            if agent.stop_if_idle() {
+                return;
+            }
+        }
     };
     tokio::select! {
         () = idle => tracing::info!("the last mount has gone: ending"),

@@ -3,6 +3,7 @@
 use std::{
     env,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use super::{
@@ -13,7 +14,7 @@ use super::{
 };
 use crate::{
     agent::{
-        client::{Client, ClientError},
+        client::Client,
         control::{MountInfo, MountRequest, UnmountOutcome, UnmountRequest, UnmountTarget},
         launch::{self, RuntimeDir, SYSTEM_SOCKET},
     },
@@ -21,8 +22,9 @@ use crate::{
     reference::{DatastoreName, Reference},
 };
 
-/// An agent may be ending just as it is asked for something; a new one is then started.
-const AGENT_TRIES: usize = 5;
+/// An agent may be ending just as it is asked for something; a new one is then started, once it has.
+const AGENT_TRIES: usize = 50;
+const AGENT_PAUSE: Duration = Duration::from_millis(100);
 
 pub async fn mount(args: MountArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of(&args.catalog, &args.agent))?;
@@ -38,9 +40,10 @@ pub async fn mount(args: MountArgs) -> Result<(), CliError> {
                 show(&args, &info);
                 return Ok(());
             }
-            Err(error @ (ClientError::NoAgent { .. } | ClientError::Gone { .. })) => last = Some(error),
+            Err(error) if error.is_absence() => last = Some(error),
             Err(error) => return Err(CliError::failed(error)),
         }
+        tokio::time::sleep(AGENT_PAUSE).await;
     }
     Err(last.map_or(CliError::Told, CliError::failed))
 }
@@ -127,7 +130,7 @@ pub async fn connect(args: &SocketArgs) -> Result<Option<Client>, CliError> {
     let own = Client::new(&runtime_dir()?.socket());
     match own.agent().await {
         Ok(_) => Ok(Some(own)),
-        Err(ClientError::NoAgent { .. } | ClientError::Gone { .. }) => Ok(None),
+        Err(error) if error.is_absence() => Ok(None),
         Err(error) => Err(CliError::failed(error)),
     }
 }

@@ -1,6 +1,8 @@
 //! A throw-away world for one test: its own home, runtime directory, catalog and cache, as root or as an
 //! ordinary user. Dropping it ends its agent and leaves no mount, also when the test failed.
 
+#![allow(dead_code, reason = "each test file uses its own part of it")]
+
 use std::{
     ffi::OsStr,
     fs,
