@@ -228,7 +228,7 @@ proptest! {
                 10 => { cache.object(id(n), size).seal(); }
                 _ => {
                     drop(cache);
-                    if block % 2 == 0 { boot.0[0] += 1; }
+                    if block.is_multiple_of(2) { boot.0[0] += 1; }
                     cache = open(&dir, max, boot);
                     model.retain(|(n, block), ()| holds(&cache, *n, sizes[usize::from(*n)], *block));
                 }
