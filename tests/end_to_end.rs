@@ -393,6 +393,56 @@ fn a_killed_agent_leaves_a_cache_that_the_next_one_uses() {
 }
 
 #[test]
+fn the_help_fits_on_a_screen_and_has_examples() {
+    let sandbox = Sandbox::new();
+    for arguments in [
+        vec!["--help"],
+        vec!["mount", "--help"],
+        vec!["publish", "--help"],
+        vec!["agent", "--help"],
+    ] {
+        let help = sandbox.ok(&arguments);
+        assert!(
+            help.lines().count() <= 45,
+            "{arguments:?}: {} lines",
+            help.lines().count()
+        );
+        assert!(help.contains("Example"), "{arguments:?}");
+    }
+}
+
+#[test]
+fn the_default_mount_point_is_made_below_home_and_told_apart_by_owner() {
+    if !fuse_is_here("the default mount point") {
+        return;
+    }
+    let Some(sandbox) = Sandbox::ordinary() else {
+        return;
+    };
+    let source = sandbox.path("source");
+    odd_tree(&source);
+    readable_by_all(&source);
+    sandbox.ok(&["publish", source.to_str().unwrap(), "odd"]);
+    sandbox.ok(&["publish", source.to_str().unwrap(), "odd", "--user", "bob"]);
+    sandbox.ok(&["alice:odd"]);
+    let point = sandbox.path("home/datastores/odd");
+    assert_eq!(sandbox.mounts(), std::slice::from_ref(&point));
+    let refused = sandbox.fails(1, &["bob:odd"]);
+    assert!(
+        refused.contains("alice:odd/1") && refused.contains("datastores/bob-odd-1"),
+        "{refused}"
+    );
+    sandbox.ok(&[
+        "bob:odd",
+        sandbox.path("home/datastores/bob-odd-1").to_str().unwrap(),
+    ]);
+    assert_eq!(sandbox.mounts().len(), 2);
+    sandbox.ok(&["unmount", "alice:odd"]);
+    assert_eq!(sandbox.mounts().len(), 1);
+    assert!(!point.exists());
+}
+
+#[test]
 fn attributes_tell_where_a_file_comes_from() {
     if !fuse_is_here("extended attributes") {
         return;
