@@ -93,6 +93,20 @@ pub enum AgentError {
     Stopping,
 }
 
+/// Unmounts a mount of ours that no agent serves any more; `None` where there is none. Blocking.
+pub fn unmount_orphan(path: &Path, lazy: bool) -> Option<UnmountOutcome> {
+    let ours = |mount: &fuse::MountLine| mount.mount_point == *path && mount.kind == "fuse.grid-mount";
+    let orphan = fuse::mounts().ok()?.into_iter().rfind(ours)?;
+    let error = fuse::unmount_at(path, lazy)
+        .err()
+        .map(|error| in_one_line(&error));
+    Some(UnmountOutcome {
+        reference: orphan.source.to_str()?.parse().ok()?,
+        mount_point: orphan.mount_point,
+        error,
+    })
+}
+
 /// One mount, served.
 struct Mount {
     info: MountInfo,
@@ -289,7 +303,14 @@ impl Agent {
     }
 
     pub async fn unmount(&self, request: UnmountRequest) -> Result<Vec<UnmountOutcome>, AgentError> {
-        let chosen = self.choose(&request.target)?;
+        let chosen = match (self.choose(&request.target), &request.target) {
+            (Err(error @ AgentError::NotMounted { .. }), UnmountTarget::MountPoint(path)) => {
+                return unmount_orphan(path, request.lazy)
+                    .map(|outcome| vec![outcome])
+                    .ok_or(error);
+            }
+            (chosen, _) => chosen?,
+        };
         let mut outcomes = Vec::with_capacity(chosen.len());
         for mount in chosen {
             outcomes.push(self.unmount_one(&mount, request.lazy).await);

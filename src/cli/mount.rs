@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     agent::{
+        self,
         client::Client,
         control::{MountInfo, MountRequest, UnmountOutcome, UnmountRequest, UnmountTarget},
         launch::{self, RuntimeDir, SYSTEM_SOCKET},
@@ -163,23 +164,34 @@ fn start_agent(settings: &Settings) -> Result<Client, CliError> {
 pub async fn unmount(args: UnmountArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of(&args.catalog, &Default::default()))?;
     let target = target(&args, &settings)?;
-    let Some(client) = connect(&args.socket).await? else {
-        if args.all {
-            return report(&args, &[]);
-        }
-        let what = args.target.as_deref().unwrap_or_default();
-        return Err(CliError::Failed(
-            format!("{what} is not mounted: no agent is running").into(),
-        ));
+    let request = UnmountRequest {
+        target,
+        lazy: args.lazy,
     };
-    let outcomes = client
-        .unmount(&UnmountRequest {
-            target,
-            lazy: args.lazy,
-        })
-        .await
-        .map_err(CliError::failed)?;
-    report(&args, &outcomes)
+    let outcomes = match connect(&args.socket).await? {
+        None => None,
+        Some(client) => match client.unmount(&request).await {
+            Ok(outcomes) => Some(outcomes),
+            // It has ended with its last mount since it was asked whether it is there.
+            Err(error) if error.is_absence() => None,
+            Err(error) => return Err(CliError::failed(error)),
+        },
+    };
+    match outcomes {
+        Some(outcomes) => report(&args, &outcomes),
+        None if args.all => report(&args, &[]),
+        None => {
+            if let UnmountTarget::MountPoint(path) = &request.target
+                && let Some(outcome) = agent::unmount_orphan(path, args.lazy)
+            {
+                return report(&args, &[outcome]);
+            }
+            let what = args.target.as_deref().unwrap_or_default();
+            Err(CliError::Failed(
+                format!("{what} is not mounted: no agent is running").into(),
+            ))
+        }
+    }
 }
 
 fn report(args: &UnmountArgs, outcomes: &[UnmountOutcome]) -> Result<(), CliError> {
