@@ -1,6 +1,8 @@
 //! A throw-away world for one test: its own home, runtime directory, catalog and cache, as root or as an
 //! ordinary user. Dropping it ends its agent and leaves no mount, also when the test failed.
 
+#![allow(dead_code)] // each test uses its part
+
 use std::{
     ffi::OsStr,
     fs,
