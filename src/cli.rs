@@ -13,8 +13,6 @@ mod status;
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 use self::args::{Cli, Command};
 
 /// Why a command ended without doing what it was asked.
@@ -44,7 +42,7 @@ impl CliError {
 
 /// The program: parses, runs, prints what failed. 0 done, 1 failed, 2 usage.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::from_process();
     let command = cli.command.unwrap_or(Command::Mount(cli.mount));
     match run(command) {
         Ok(()) => ExitCode::SUCCESS,

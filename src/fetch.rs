@@ -119,15 +119,10 @@ pub struct Fetcher {
 }
 
 impl Fetcher {
-    pub fn new(
-        config: FetchConfig,
-        cache: Option<Arc<Cache>>,
-        runtime: tokio::runtime::Handle,
-    ) -> Arc<Self> {
+    pub fn new(config: FetchConfig, cache: Option<Arc<Cache>>, runtime: tokio::runtime::Handle) -> Arc<Self> {
         // Half of the memory for what is in flight, a quarter for what just arrived; the queue to the
         // cache shares its bytes with the latter.
-        let blocks =
-            usize::try_from(config.memory_limit / 2 / BLOCK_SIZE).unwrap_or(usize::MAX >> 4);
+        let blocks = usize::try_from(config.memory_limit / 2 / BLOCK_SIZE).unwrap_or(usize::MAX >> 4);
         let blocks = blocks.clamp(2 * BLOCKS_PER_EXTENT as usize, Semaphore::MAX_PERMITS);
         let tally = Arc::new(Tally::default());
         let fills = cache.as_ref().and_then(|_| start_fill_threads(&tally));
@@ -158,10 +153,7 @@ impl Fetcher {
         }
         drop(objects);
         // The cache may touch the disk: not under the lock. Whoever comes second takes the first's.
-        let cached = self
-            .cache
-            .as_ref()
-            .map(|cache| cache.object(id, source.size));
+        let cached = self.cache.as_ref().map(|cache| cache.object(id, source.size));
         let pool = Arc::clone(
             self.pools
                 .lock()
@@ -186,21 +178,13 @@ impl Fetcher {
 
     /// The hit path: `Some` when every byte is in the cache (or has just arrived). No await, no task, no
     /// lock held across I/O. `buf` is replaced by exactly the bytes of `range` within the object.
-    pub fn read_cached(
-        &self,
-        object: &FetchObject,
-        range: Range<u64>,
-        buf: &mut Vec<u8>,
-    ) -> Option<()> {
+    pub fn read_cached(&self, object: &FetchObject, range: Range<u64>, buf: &mut Vec<u8>) -> Option<()> {
         let range = object.clip(&range);
         buf.clear();
         let blocks = blocks_covering(&range);
         if let Some(cached) = &object.cached {
             buf.resize(usize::try_from(range.end - range.start).ok()?, 0);
-            if cached
-                .read(range.start, buf, Purpose::Reader)
-                .unwrap_or(false)
-            {
+            if cached.read(range.start, buf, Purpose::Reader).unwrap_or(false) {
                 self.count_hit(object, &range, &blocks);
                 return Some(());
             }
@@ -273,22 +257,13 @@ impl Fetcher {
         block: u64,
     ) -> Result<Bytes, FetchError> {
         if let Some(cached) = &object.cached {
-            let (cached, range) = (
-                Arc::clone(cached),
-                BlockNo(block).byte_range(object.source.size),
-            );
+            let (cached, range) = (Arc::clone(cached), BlockNo(block).byte_range(object.source.size));
             let read = self.runtime.spawn_blocking(move || {
                 let mut bytes = vec![0; usize::try_from(range.end - range.start).unwrap_or(0)];
-                matches!(
-                    cached.read(range.start, &mut bytes, Purpose::Reader),
-                    Ok(true)
-                )
-                .then_some(bytes)
+                matches!(cached.read(range.start, &mut bytes, Purpose::Reader), Ok(true)).then_some(bytes)
             });
             if let Ok(Some(bytes)) = read.await {
-                self.tally
-                    .cache_bytes
-                    .fetch_add(bytes.len() as u64, Relaxed);
+                self.tally.cache_bytes.fetch_add(bytes.len() as u64, Relaxed);
                 return Ok(bytes.into());
             }
         }
@@ -464,9 +439,7 @@ impl Fetcher {
 
     fn count_hit(&self, object: &FetchObject, range: &Range<u64>, blocks: &Range<u64>) {
         self.tally.hits.fetch_add(1, Relaxed);
-        self.tally
-            .cache_bytes
-            .fetch_add(range.end - range.start, Relaxed);
+        self.tally.cache_bytes.fetch_add(range.end - range.start, Relaxed);
         self.mark_read(object, blocks);
     }
 
@@ -555,10 +528,7 @@ fn runs(blocks: &[u64]) -> Vec<Range<u64>> {
     let mut runs: Vec<Range<u64>> = Vec::new();
     for &block in blocks {
         match runs.last_mut() {
-            Some(run)
-                if run.end == block
-                    && run.start / BLOCKS_PER_EXTENT == block / BLOCKS_PER_EXTENT =>
-            {
+            Some(run) if run.end == block && run.start / BLOCKS_PER_EXTENT == block / BLOCKS_PER_EXTENT => {
                 run.end += 1
             }
             _ => runs.push(block..block + 1),
@@ -571,9 +541,7 @@ fn runs(blocks: &[u64]) -> Vec<Range<u64>> {
 fn part_range(length: usize, block: u64, range: &Range<u64>) -> Option<Range<usize>> {
     let start = block * BLOCK_SIZE;
     let from = usize::try_from(range.start.saturating_sub(start)).ok()?;
-    let to = usize::try_from(range.end.saturating_sub(start))
-        .ok()?
-        .min(length);
+    let to = usize::try_from(range.end.saturating_sub(start)).ok()?.min(length);
     (from <= to).then_some(from..to)
 }
 

@@ -8,9 +8,7 @@ mod weed;
 use std::{collections::BTreeSet, sync::Arc};
 
 use grid_mount::{
-    catalog::{
-        self, Alias, Catalog, CatalogError, Draft, OriginLocation, Record, TreePart, TreeParts,
-    },
+    catalog::{self, Alias, Catalog, CatalogError, Draft, OriginLocation, Record, TreePart, TreeParts},
     digest::Digest,
     origin::{Deadlines, StoreSettings, StoreUrl},
     reference::{QualifiedName, VersionNumber},
@@ -54,10 +52,7 @@ async fn race(url: &StoreUrl, settings: &StoreSettings) -> Arc<dyn Catalog> {
     for publisher in publishers {
         published.push(publisher.await.unwrap().unwrap());
     }
-    let versions: BTreeSet<u64> = published
-        .iter()
-        .map(|record| record.version.get())
-        .collect();
+    let versions: BTreeSet<u64> = published.iter().map(|record| record.version.get()).collect();
     assert_eq!(
         versions,
         (1..=PUBLISHERS as u64).collect(),
@@ -85,10 +80,7 @@ async fn race(url: &StoreUrl, settings: &StoreSettings) -> Arc<dyn Catalog> {
         version: VersionNumber::new(7).unwrap(),
     };
     catalog.set_alias(&name, &prod).await.unwrap();
-    assert_eq!(
-        catalog.aliases(&name).await.unwrap(),
-        std::slice::from_ref(&prod)
-    );
+    assert_eq!(catalog.aliases(&name).await.unwrap(), std::slice::from_ref(&prod));
     let me = "me".parse().unwrap();
     let resolved = catalog
         .resolve(&format!("{name}/prod").parse().unwrap(), &me)
@@ -136,10 +128,7 @@ async fn an_empty_directory_lists_nothing_and_knows_nobody() {
     let url: StoreUrl = format!("file://{}", dir.path().display()).parse().unwrap();
     let catalog = catalog::open(&url, &StoreSettings::default(), &Deadlines::control()).unwrap();
     assert_eq!(catalog.list(None).await.unwrap(), []);
-    let error = catalog
-        .versions(&"alice:x".parse().unwrap())
-        .await
-        .unwrap_err();
+    let error = catalog.versions(&"alice:x".parse().unwrap()).await.unwrap_err();
     assert!(matches!(error, CatalogError::NoSuchUser { .. }), "{error}");
 }
 

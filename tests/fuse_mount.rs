@@ -43,7 +43,7 @@ struct Mount {
 
 impl Mount {
     fn sample(wish: IoModeWish) -> Self {
-        Self::make(wish, |source| sample(source))
+        Self::make(wish, sample)
     }
 
     fn make(wish: IoModeWish, fill: impl FnOnce(&Path)) -> Self {

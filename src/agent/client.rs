@@ -38,15 +38,29 @@ pub enum ClientError {
     },
     #[error("the agent on {socket} did not answer within {} s", after.as_secs())]
     Deadline { socket: PathBuf, after: Duration },
-    #[error("the agent on {socket} gave an answer that this version does not understand; restart the agent after an upgrade")]
+    #[error(
+        "the agent on {socket} gave an answer that this version does not understand; restart the agent after an upgrade"
+    )]
     Protocol {
         socket: PathBuf,
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    #[error("the agent on {socket} is just ending; try again")]
+    Stopping { socket: PathBuf },
     /// The agent's own words.
     #[error("{0}")]
     Refused(String),
+}
+
+impl ClientError {
+    /// There is no agent, or soon there will be none: a new one can be started.
+    pub fn is_absence(&self) -> bool {
+        matches!(
+            self,
+            Self::NoAgent { .. } | Self::Gone { .. } | Self::Stopping { .. }
+        )
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -56,7 +70,9 @@ pub struct Client {
 
 impl Client {
     pub fn new(socket: &Path) -> Self {
-        Self { socket: socket.to_owned() }
+        Self {
+            socket: socket.to_owned(),
+        }
     }
 
     pub fn socket(&self) -> &Path {
@@ -64,19 +80,23 @@ impl Client {
     }
 
     pub async fn agent(&self) -> Result<AgentInfo, ClientError> {
-        self.call(Method::GET, "/v1/agent", None::<&()>, CONTROL_DEADLINE).await
+        self.call(Method::GET, "/v1/agent", None::<&()>, CONTROL_DEADLINE)
+            .await
     }
 
     pub async fn mounts(&self) -> Result<Vec<MountInfo>, ClientError> {
-        self.call(Method::GET, "/v1/mounts", None::<&()>, CONTROL_DEADLINE).await
+        self.call(Method::GET, "/v1/mounts", None::<&()>, CONTROL_DEADLINE)
+            .await
     }
 
     pub async fn mount(&self, request: &MountRequest) -> Result<MountInfo, ClientError> {
-        self.call(Method::POST, "/v1/mounts", Some(request), MOUNT_DEADLINE).await
+        self.call(Method::POST, "/v1/mounts", Some(request), MOUNT_DEADLINE)
+            .await
     }
 
     pub async fn unmount(&self, request: &UnmountRequest) -> Result<Vec<UnmountOutcome>, ClientError> {
-        self.call(Method::POST, "/v1/unmount", Some(request), CONTROL_DEADLINE).await
+        self.call(Method::POST, "/v1/unmount", Some(request), CONTROL_DEADLINE)
+            .await
     }
 
     async fn call<B: Serialize, A: DeserializeOwned>(
@@ -88,9 +108,17 @@ impl Client {
     ) -> Result<A, ClientError> {
         let (status, answer) = tokio::time::timeout(deadline, self.exchange(method, path, body))
             .await
-            .map_err(|_| ClientError::Deadline { socket: self.socket.clone(), after: deadline })??;
+            .map_err(|_| ClientError::Deadline {
+                socket: self.socket.clone(),
+                after: deadline,
+            })??;
         if status.is_success() {
             return serde_json::from_slice(&answer).map_err(|source| self.protocol(source));
+        }
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            return Err(ClientError::Stopping {
+                socket: self.socket.clone(),
+            });
         }
         let problem: Problem = serde_json::from_slice(&answer).map_err(|source| self.protocol(source))?;
         Err(ClientError::Refused(problem.message))
@@ -104,8 +132,14 @@ impl Client {
     ) -> Result<(StatusCode, Bytes), ClientError> {
         let stream = UnixStream::connect(&self.socket)
             .await
-            .map_err(|source| ClientError::NoAgent { socket: self.socket.clone(), source })?;
-        let gone = |source| ClientError::Gone { socket: self.socket.clone(), source };
+            .map_err(|source| ClientError::NoAgent {
+                socket: self.socket.clone(),
+                source,
+            })?;
+        let gone = |source| ClientError::Gone {
+            socket: self.socket.clone(),
+            source,
+        };
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(gone)?;
         let connection = tokio::spawn(connection);
         let body = match body {
@@ -124,13 +158,19 @@ impl Client {
         let answer = Limited::new(response.into_body(), MAX_ANSWER)
             .collect()
             .await
-            .map_err(|source| ClientError::Protocol { socket: self.socket.clone(), source })?
+            .map_err(|source| ClientError::Protocol {
+                socket: self.socket.clone(),
+                source,
+            })?
             .to_bytes();
         connection.abort();
         Ok((status, answer))
     }
 
     fn protocol(&self, source: impl std::error::Error + Send + Sync + 'static) -> ClientError {
-        ClientError::Protocol { socket: self.socket.clone(), source: Box::new(source) }
+        ClientError::Protocol {
+            socket: self.socket.clone(),
+            source: Box::new(source),
+        }
     }
 }

@@ -124,4 +124,3 @@ pub struct Problem {
     /// What failed, why, and what to do.
     pub message: String,
 }
-

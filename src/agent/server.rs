@@ -42,8 +42,11 @@ pub async fn serve(
         .route("/v1/unmount", post(unmount))
         .layer(DefaultBodyLimit::max(MAX_REQUEST))
         .with_state(agent);
-    let listener =
-        PeerListener { listener, permits: Arc::new(Semaphore::new(MAX_CONNECTIONS)), uid: Uid::effective() };
+    let listener = PeerListener {
+        listener,
+        permits: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+        uid: Uid::effective(),
+    };
     axum::serve(listener, routes).with_graceful_shutdown(stop).await
 }
 
@@ -78,7 +81,11 @@ struct Refusal(StatusCode, String);
 
 impl From<AgentError> for Refusal {
     fn from(error: AgentError) -> Self {
-        Self(StatusCode::UNPROCESSABLE_ENTITY, super::chain(&error))
+        let status = match error {
+            AgentError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
+            _ => StatusCode::UNPROCESSABLE_ENTITY,
+        };
+        Self(status, super::chain(&error))
     }
 }
 
@@ -116,9 +123,18 @@ impl Listener for PeerListener {
             };
             match stream.peer_cred() {
                 Ok(peer) if peer.uid() == self.uid.as_raw() || peer.uid() == 0 => {
-                    return (Admitted { stream, _permit: permit }, address);
+                    return (
+                        Admitted {
+                            stream,
+                            _permit: permit,
+                        },
+                        address,
+                    );
                 }
-                Ok(peer) => tracing::warn!(uid = peer.uid(), "a control connection of another user was refused"),
+                Ok(peer) => tracing::warn!(
+                    uid = peer.uid(),
+                    "a control connection of another user was refused"
+                ),
                 Err(error) => tracing::warn!(%error, "a control connection of nobody known was refused"),
             }
         }

@@ -9,7 +9,10 @@ use crate::{
     cache::{Cache, CacheError, TreeHandle},
     catalog::{self, Catalog, CatalogError, OriginLocation, Record, TreePart},
     fetch::{Fetcher, Source},
-    fs::{self, GridFs, Owner, fetched::{Fetched, Sources}},
+    fs::{
+        self, GridFs, Owner,
+        fetched::{Fetched, Sources},
+    },
     origin::{Deadlines, OriginError, Pin, Store, StoreSettings, StoreUrl},
     reference::{PinnedReference, Reference},
     tree::{self, ObjectNo, Tree, TreeError},
@@ -80,7 +83,12 @@ impl Resolved {
             OriginLocation::Url(url) => url.clone(),
         };
         let origin = Store::open(&url, &settings, &Deadlines::data()).map_err(SnapshotError::Origin)?;
-        Ok(Self { record, catalog, catalog_url: request.catalog.clone(), origin })
+        Ok(Self {
+            record,
+            catalog,
+            catalog_url: request.catalog.clone(),
+            origin,
+        })
     }
 
     pub fn reference(&self) -> PinnedReference {
@@ -97,7 +105,13 @@ impl Resolved {
         let part = &self.record.tree.rows;
         if let Some(handle) = cache.tree(&part.digest) {
             match Tree::open(handle.path()) {
-                Ok(tree) => return Ok(Snapshot { resolved: self, tree: Arc::new(tree), handle }),
+                Ok(tree) => {
+                    return Ok(Snapshot {
+                        resolved: self,
+                        tree: Arc::new(tree),
+                        handle,
+                    });
+                }
                 // Damage in the cache costs a fetch, never an answer.
                 Err(error) => {
                     tracing::warn!(path = %handle.path().display(), %error, "a cached tree is damaged; fetching it anew");
@@ -110,7 +124,11 @@ impl Resolved {
             .map_err(|_| SnapshotError::Deadline)??;
         let handle = cache.adopt_tree(&part.digest, &fetched)?;
         let tree = Tree::open(handle.path()).map_err(|source| self.damaged(part, source))?;
-        Ok(Snapshot { resolved: self, tree: Arc::new(tree), handle })
+        Ok(Snapshot {
+            resolved: self,
+            tree: Arc::new(tree),
+            handle,
+        })
     }
 
     /// Streams the part through the decompressor into a file beside the cache's trees.
@@ -129,7 +147,15 @@ impl Resolved {
         let out = cache.tree_staging(&part.digest);
         let (size, digest, path) = (part.size, part.digest, out.clone());
         let unpacking = tokio::task::spawn_blocking(move || {
-            tree::unpack(ChunkReader { receiver, chunk: bytes::Bytes::new() }, size, digest, &path)
+            tree::unpack(
+                ChunkReader {
+                    receiver,
+                    chunk: bytes::Bytes::new(),
+                },
+                size,
+                digest,
+                &path,
+            )
         });
         let mut arrived = Ok(());
         loop {
@@ -156,15 +182,20 @@ impl Resolved {
         arrived?;
         match unpacked {
             Ok(()) => Ok(out),
-            Err(TreeError::Io { source, .. }) => {
-                Err(SnapshotError::Keep { dir: out.parent().unwrap_or(&out).to_owned(), source })
-            }
+            Err(TreeError::Io { source, .. }) => Err(SnapshotError::Keep {
+                dir: out.parent().unwrap_or(&out).to_owned(),
+                source,
+            }),
             Err(source) => Err(self.damaged(part, source)),
         }
     }
 
     fn damaged(&self, part: &TreePart, source: TreeError) -> SnapshotError {
-        SnapshotError::Tree { key: part.key.clone(), store: self.tree_store().url().clone(), source }
+        SnapshotError::Tree {
+            key: part.key.clone(),
+            store: self.tree_store().url().clone(),
+            source,
+        }
     }
 }
 
@@ -172,15 +203,36 @@ impl Snapshot {
     /// The snapshot as a file system of `owner`'s.
     pub fn file_system(&self, fetcher: &Arc<Fetcher>, owner: Owner) -> GridFs {
         let resolved = &self.resolved;
-        let sums = resolved.record.tree.sums.as_ref().filter(|_| self.tree.has_sums()).map(|part| {
-            SumsPart::new(Arc::clone(&self.tree), resolved.tree_store().clone(), part.key.clone())
-        });
-        let sources = TreeSources { tree: Arc::clone(&self.tree), origin: resolved.origin.clone(), sums };
+        let sums = resolved
+            .record
+            .tree
+            .sums
+            .as_ref()
+            .filter(|_| self.tree.has_sums())
+            .map(|part| {
+                SumsPart::new(
+                    Arc::clone(&self.tree),
+                    resolved.tree_store().clone(),
+                    part.key.clone(),
+                )
+            });
+        let sources = TreeSources {
+            tree: Arc::clone(&self.tree),
+            origin: resolved.origin.clone(),
+            sums,
+        };
         // Cached bytes are shared by whoever has this user's permissions: the user.
         let domain = format!("uid {}", owner.uid);
         let content = Arc::new(Fetched::new(Arc::clone(fetcher), sources, domain));
         let reference = resolved.reference().to_string();
-        GridFs::new(fs::Snapshot { reference, tree: Arc::clone(&self.tree), content }, owner)
+        GridFs::new(
+            fs::Snapshot {
+                reference,
+                tree: Arc::clone(&self.tree),
+                content,
+            },
+            owner,
+        )
     }
 }
 

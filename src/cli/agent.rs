@@ -107,8 +107,13 @@ async fn serve(
         if !on_demand {
             return std::future::pending::<()>().await;
         }
-        agent.idle(FIRST_MOUNT_PATIENCE).await;
-        tokio::time::sleep(LINGER).await;
+        loop {
+            agent.idle(FIRST_MOUNT_PATIENCE).await;
+            tokio::time::sleep(LINGER).await;
+            if agent.stop_if_idle() {
+                return;
+            }
+        }
     };
     tokio::select! {
         () = idle => tracing::info!("the last mount has gone: ending"),
@@ -133,7 +138,10 @@ fn own_socket(args: &SocketArgs) -> Result<PathBuf, CliError> {
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, CliError> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(CliError::failed)
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(CliError::failed)
 }
 
 /// To standard error, which is the log file of an agent started on demand. `GRID_MOUNT_LOG` filters

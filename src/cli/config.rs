@@ -18,7 +18,8 @@ pub struct Overrides(BTreeMap<&'static str, String>);
 
 impl Overrides {
     pub fn of(catalog: &CatalogArgs, agent: &AgentSettingArgs) -> Self {
-        let path = |path: &Option<std::path::PathBuf>| path.as_ref().map(|path| path.to_string_lossy().into_owned());
+        let path =
+            |path: &Option<std::path::PathBuf>| path.as_ref().map(|path| path.to_string_lossy().into_owned());
         let given = [
             ("catalog", catalog.catalog.clone()),
             ("user", catalog.user.clone()),
@@ -29,7 +30,12 @@ impl Overrides {
             ("connections", agent.connections.clone()),
             ("read_deadline", agent.read_deadline.clone()),
         ];
-        Self(given.into_iter().filter_map(|(key, value)| Some((key, value?))).collect())
+        Self(
+            given
+                .into_iter()
+                .filter_map(|(key, value)| Some((key, value?)))
+                .collect(),
+        )
     }
 }
 
@@ -38,7 +44,10 @@ pub fn load(overrides: &Overrides) -> Result<Settings, CliError> {
         flags: overrides.0.clone(),
         environment: unicode_environment().collect(),
         host_file: None,
-        login: nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten().map(|user| user.name),
+        login: nix::unistd::User::from_uid(nix::unistd::geteuid())
+            .ok()
+            .flatten()
+            .map(|user| user.name),
         is_root: nix::unistd::geteuid().is_root(),
     };
     Settings::load(&inputs).map_err(CliError::usage)
@@ -52,7 +61,9 @@ fn unicode_environment() -> impl Iterator<Item = (String, String)> {
 /// The caller's object-store settings: they travel with each request.
 pub fn store_settings() -> BTreeMap<String, String> {
     let home = env::var("HOME").ok().map(|home| ("HOME".to_owned(), home));
-    config::store_variables(unicode_environment()).chain(home).collect()
+    config::store_variables(unicode_environment())
+        .chain(home)
+        .collect()
 }
 
 /// The `agent` subcommand's flags that give a new agent these settings.
@@ -86,7 +97,10 @@ pub fn agent_config(settings: &Settings) -> Result<AgentConfig, CliError> {
 }
 
 fn disk_size(dir: &Path) -> io::Result<u64> {
-    let existing = dir.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"));
+    let existing = dir
+        .ancestors()
+        .find(|ancestor| ancestor.exists())
+        .unwrap_or(Path::new("/"));
     let statistics = nix::sys::statvfs::statvfs(existing)?;
     Ok(statistics.blocks().saturating_mul(statistics.fragment_size()))
 }
@@ -98,8 +112,10 @@ pub fn show(args: &ConfigArgs) -> Result<(), CliError> {
         output::print_json(&explained);
         return Ok(());
     }
-    let rows: Vec<Vec<String>> =
-        explained.into_iter().map(|line| vec![line.key.to_owned(), line.value, line.source]).collect();
+    let rows: Vec<Vec<String>> = explained
+        .into_iter()
+        .map(|line| vec![line.key.to_owned(), line.value, line.source])
+        .collect();
     output::print(&output::table(&["SETTING", "VALUE", "FROM"], &rows));
     Ok(())
 }

@@ -3,6 +3,7 @@
 use std::{
     env,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use super::{
@@ -13,7 +14,7 @@ use super::{
 };
 use crate::{
     agent::{
-        client::{Client, ClientError},
+        client::Client,
         control::{MountInfo, MountRequest, UnmountOutcome, UnmountRequest, UnmountTarget},
         launch::{self, RuntimeDir, SYSTEM_SOCKET},
     },
@@ -21,8 +22,9 @@ use crate::{
     reference::{DatastoreName, Reference},
 };
 
-/// An agent may be ending just as it is asked for something; a new one is then started.
-const AGENT_TRIES: usize = 5;
+/// An agent may be ending just as it is asked for something; a new one is then started, once it has.
+const AGENT_TRIES: usize = 50;
+const AGENT_PAUSE: Duration = Duration::from_millis(100);
 
 pub async fn mount(args: MountArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of(&args.catalog, &args.agent))?;
@@ -38,9 +40,10 @@ pub async fn mount(args: MountArgs) -> Result<(), CliError> {
                 show(&args, &info);
                 return Ok(());
             }
-            Err(error @ (ClientError::NoAgent { .. } | ClientError::Gone { .. })) => last = Some(error),
+            Err(error) if error.is_absence() => last = Some(error),
             Err(error) => return Err(CliError::failed(error)),
         }
+        tokio::time::sleep(AGENT_PAUSE).await;
     }
     Err(last.map_or(CliError::Told, CliError::failed))
 }
@@ -48,7 +51,9 @@ pub async fn mount(args: MountArgs) -> Result<(), CliError> {
 /// What the agent is asked: everything that concerns the caller.
 pub fn request(args: &MountArgs, settings: &Settings) -> Result<MountRequest, CliError> {
     let Some(typed) = &args.reference else {
-        return Err(CliError::Usage("name what to mount: user:datastore/version".into()));
+        return Err(CliError::Usage(
+            "name what to mount: user:datastore/version".into(),
+        ));
     };
     let reference: Reference = typed.parse().map_err(CliError::usage)?;
     let mount_point = match &args.mount_point {
@@ -125,7 +130,7 @@ pub async fn connect(args: &SocketArgs) -> Result<Option<Client>, CliError> {
     let own = Client::new(&runtime_dir()?.socket());
     match own.agent().await {
         Ok(_) => Ok(Some(own)),
-        Err(ClientError::NoAgent { .. } | ClientError::Gone { .. }) => Ok(None),
+        Err(error) if error.is_absence() => Ok(None),
         Err(error) => Err(CliError::failed(error)),
     }
 }
@@ -135,7 +140,11 @@ pub fn named_socket(args: &SocketArgs) -> Option<PathBuf> {
     if args.own_agent {
         return None;
     }
-    let from_environment = || env::var_os("GRID_MOUNT_SOCKET").filter(|path| !path.is_empty()).map(PathBuf::from);
+    let from_environment = || {
+        env::var_os("GRID_MOUNT_SOCKET")
+            .filter(|path| !path.is_empty())
+            .map(PathBuf::from)
+    };
     args.socket.clone().or_else(from_environment)
 }
 
@@ -159,10 +168,17 @@ pub async fn unmount(args: UnmountArgs) -> Result<(), CliError> {
             return report(&args, &[]);
         }
         let what = args.target.as_deref().unwrap_or_default();
-        return Err(CliError::Failed(format!("{what} is not mounted: no agent is running").into()));
+        return Err(CliError::Failed(
+            format!("{what} is not mounted: no agent is running").into(),
+        ));
     };
-    let outcomes =
-        client.unmount(&UnmountRequest { target, lazy: args.lazy }).await.map_err(CliError::failed)?;
+    let outcomes = client
+        .unmount(&UnmountRequest {
+            target,
+            lazy: args.lazy,
+        })
+        .await
+        .map_err(CliError::failed)?;
     report(&args, &outcomes)
 }
 
@@ -175,10 +191,15 @@ fn report(args: &UnmountArgs, outcomes: &[UnmountOutcome]) -> Result<(), CliErro
         let place = outcome.mount_point.display();
         match &outcome.error {
             Some(error) => {
-                output::note(&format!("grid-mount: {} is still at {place}: {error}", outcome.reference));
+                output::note(&format!(
+                    "grid-mount: {} is still at {place}: {error}",
+                    outcome.reference
+                ));
                 result = Err(CliError::Told);
             }
-            None if !args.output.json => output::print(&format!("{} is no longer at {place}\n", outcome.reference)),
+            None if !args.output.json => {
+                output::print(&format!("{} is no longer at {place}\n", outcome.reference))
+            }
             None => {}
         }
     }
@@ -195,5 +216,8 @@ fn target(args: &UnmountArgs, settings: &Settings) -> Result<UnmountTarget, CliE
         return Ok(UnmountTarget::MountPoint(absolute(Path::new(typed))?));
     }
     let _: Reference = typed.parse().map_err(CliError::usage)?;
-    Ok(UnmountTarget::Reference { reference: typed.to_owned(), user: settings.user.value.clone() })
+    Ok(UnmountTarget::Reference {
+        reference: typed.to_owned(),
+        user: settings.user.value.clone(),
+    })
 }

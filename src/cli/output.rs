@@ -115,6 +115,9 @@ mod tests {
         #[derive(Debug, thiserror::Error)]
         #[error("no catalog")]
         struct Outer(#[source] io::Error);
-        assert_eq!(chain(&Outer(io::Error::other("no route"))), "no catalog: no route");
+        assert_eq!(
+            chain(&Outer(io::Error::other("no route"))),
+            "no catalog: no route"
+        );
     }
 }

@@ -62,7 +62,9 @@ impl Shown {
             return;
         }
         {
-            let Some(mut last) = self.last_line.try_lock() else { return };
+            let Some(mut last) = self.last_line.try_lock() else {
+                return;
+            };
             if last.elapsed() < LINE_EVERY {
                 return;
             }
@@ -70,7 +72,11 @@ impl Shown {
         }
         let seconds = self.started.elapsed().as_secs_f64();
         let rate = bytes as f64 / seconds;
-        let eta = if bytes == 0 { "?".into() } else { format!("{:.0} s", bytes_total.saturating_sub(bytes) as f64 / rate) };
+        let eta = if bytes == 0 {
+            "?".into()
+        } else {
+            format!("{:.0} s", bytes_total.saturating_sub(bytes) as f64 / rate)
+        };
         output::note(&format!(
             "{files}/{files_total} files, {}/{}, {}/s, ETA {eta}",
             output::bytes(bytes),

@@ -127,8 +127,8 @@ impl Job {
         let source = &self.object.source;
         let from = self.first + self.delivered as u64;
         let until = self.first + self.waiters.len() as u64;
-        let range = BlockNo(from).byte_range(source.size).start
-            ..BlockNo(until - 1).byte_range(source.size).end;
+        let range =
+            BlockNo(from).byte_range(source.size).start..BlockNo(until - 1).byte_range(source.size).end;
         let sums = match &source.sums {
             None => None,
             Some(sums) => {
@@ -190,9 +190,7 @@ impl Job {
 
     fn deliver(&mut self, block: u64, bytes: Bytes) {
         // In this order a block is never in neither place (see `start_absent`).
-        self.fetcher
-            .recent
-            .insert(self.object.id, block, bytes.clone());
+        self.fetcher.recent.insert(self.object.id, block, bytes.clone());
         self.fetcher.fill(&self.object, block, &bytes, self.purpose);
         self.object.flights.lock().remove(&block);
         self.waiters[self.delivered].send_replace(Some(Ok(bytes)));
@@ -222,11 +220,7 @@ impl Job {
         let send = || {
             self.fetcher.tally.gets.fetch_add(1, Relaxed);
             latency.sent();
-            Box::pin(
-                source
-                    .store
-                    .get_range(&source.key, &source.pin, range.clone()),
-            )
+            Box::pin(source.store.get_range(&source.key, &source.pin, range.clone()))
         };
         let mut first = send();
         let patience = if self.urgency.get() == Priority::WarmUp {

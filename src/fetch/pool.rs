@@ -165,9 +165,7 @@ impl Pool {
                 let mut state = self.state.lock();
                 let class = [Priority::Waited, Priority::Readahead, Priority::WarmUp]
                     .into_iter()
-                    .find(|class| {
-                        !state.queues[*class as usize].is_empty() && self.may_run(*class, &state)
-                    });
+                    .find(|class| !state.queues[*class as usize].is_empty() && self.may_run(*class, &state));
                 let Some(class) = class else { return };
                 let Some(sender) = state.queues[class as usize].pop_front() else {
                     return;

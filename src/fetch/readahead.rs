@@ -43,12 +43,7 @@ impl Streams {
     }
 
     /// What to fetch after a read of `range`, within `bounds`; `largest` bounds the window.
-    pub(super) fn advise(
-        &self,
-        range: &Range<u64>,
-        bounds: &Range<u64>,
-        largest: u64,
-    ) -> Vec<Range<u64>> {
+    pub(super) fn advise(&self, range: &Range<u64>, bounds: &Range<u64>, largest: u64) -> Vec<Range<u64>> {
         if range.is_empty() || largest < BLOCK_SIZE {
             return Vec::new();
         }
@@ -112,9 +107,7 @@ impl Streams {
         }
         // Backward: the read ends where the stream starts.
         let backward = streams.iter().rposition(|s| {
-            s.step <= 0
-                && range.start < s.last.start
-                && range.end + SLACK.min(BLOCK_SIZE) >= s.last.start
+            s.step <= 0 && range.start < s.last.start && range.end + SLACK.min(BLOCK_SIZE) >= s.last.start
         });
         if let Some(at) = backward {
             let stream = &mut streams[at];
@@ -186,11 +179,7 @@ impl Streams {
             streams.remove(0);
         }
         let telling = range.start == bounds.start && range.end - range.start >= TELLING_LENGTH;
-        let window = if telling {
-            FIRST_WINDOW.min(largest)
-        } else {
-            0
-        };
+        let window = if telling { FIRST_WINDOW.min(largest) } else { 0 };
         streams.push(Stream {
             last: range.clone(),
             front: range.end,
@@ -253,10 +242,7 @@ mod tests {
         for n in 0..4000u64 {
             let read = n * BLOCK_SIZE..(n + 1) * BLOCK_SIZE;
             for ahead in streams.advise(&read, &WHOLE, LARGEST) {
-                assert!(
-                    ahead.start <= covered.max(read.end),
-                    "a gap before {ahead:?}"
-                );
+                assert!(ahead.start <= covered.max(read.end), "a gap before {ahead:?}");
                 covered = covered.max(ahead.end);
             }
             furthest = furthest.max(covered - read.end);

@@ -60,7 +60,8 @@ impl<S: Sources> Fetched<S> {
 #[async_trait]
 impl<S: Sources> Content for Fetched<S> {
     fn read_cached(&self, object: ObjectNo, range: Range<u64>, buf: &mut Vec<u8>) -> bool {
-        self.object(object).is_ok_and(|object| self.fetcher.read_cached(&object, range, buf).is_some())
+        self.object(object)
+            .is_ok_and(|object| self.fetcher.read_cached(&object, range, buf).is_some())
     }
 
     async fn read(&self, object: ObjectNo, range: Range<u64>) -> Result<Bytes, ReadError> {
@@ -79,7 +80,10 @@ impl<S: Sources> Content for Fetched<S> {
         let Some(cached) = object.cached() else { return 0 };
         let absent = cached.missing(blocks_covering(&range)).into_iter().map(|block| {
             let bytes = block.byte_range(object.size());
-            bytes.end.min(range.end).saturating_sub(bytes.start.max(range.start))
+            bytes
+                .end
+                .min(range.end)
+                .saturating_sub(bytes.start.max(range.start))
         });
         (range.end - range.start).saturating_sub(absent.sum())
     }

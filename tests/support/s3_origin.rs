@@ -201,9 +201,7 @@ fn decode(text: &str) -> String {
     let bytes = text.as_bytes();
     let (mut out, mut at) = (Vec::new(), 0);
     while at < bytes.len() {
-        let hex = (bytes[at] == b'%')
-            .then(|| text.get(at + 1..at + 3))
-            .flatten();
+        let hex = (bytes[at] == b'%').then(|| text.get(at + 1..at + 3)).flatten();
         match hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
             Some(byte) => {
                 out.push(byte);
@@ -285,10 +283,7 @@ async fn read_request(stream: &mut BufReader<TcpStream>) -> std::io::Result<Opti
 async fn serve(state: Arc<State>, stream: TcpStream) {
     let mut stream = BufReader::new(stream);
     while let Ok(Some(request)) = read_request(&mut stream).await {
-        let kept = match (
-            request.method.as_str(),
-            request.query.contains_key("list-type"),
-        ) {
+        let kept = match (request.method.as_str(), request.query.contains_key("list-type")) {
             ("GET", true) => list(&state, &mut stream, &request).await,
             ("GET", false) => get(&state, &mut stream, &request).await,
             ("HEAD", _) => head(&state, &mut stream, &request).await,
@@ -330,18 +325,9 @@ fn closed() -> std::io::Error {
     std::io::ErrorKind::ConnectionReset.into()
 }
 
-async fn head(
-    state: &State,
-    stream: &mut BufReader<TcpStream>,
-    request: &Request,
-) -> std::io::Result<()> {
+async fn head(state: &State, stream: &mut BufReader<TcpStream>, request: &Request) -> std::io::Result<()> {
     state.counts.heads.fetch_add(1, Relaxed);
-    let found = state
-        .objects
-        .lock()
-        .expect("objects")
-        .get(&request.key)
-        .cloned();
+    let found = state.objects.lock().expect("objects").get(&request.key).cloned();
     let text = match found {
         None => "HTTP/1.1 404 x\r\ncontent-length: 0\r\n\r\n".to_owned(),
         Some(found) => format!(
@@ -353,11 +339,7 @@ async fn head(
     stream.write_all(text.as_bytes()).await
 }
 
-async fn get(
-    state: &State,
-    stream: &mut BufReader<TcpStream>,
-    request: &Request,
-) -> std::io::Result<()> {
+async fn get(state: &State, stream: &mut BufReader<TcpStream>, request: &Request) -> std::io::Result<()> {
     let number = state.counts.gets.fetch_add(1, Relaxed) + 1;
     let fault = {
         let next = state.faults.lock().expect("faults").pop_front();
@@ -376,12 +358,7 @@ async fn get(
         Some(Fault::Late(late)) => tokio::time::sleep(late).await,
         _ => {}
     }
-    let found = state
-        .objects
-        .lock()
-        .expect("objects")
-        .get(&request.key)
-        .cloned();
+    let found = state.objects.lock().expect("objects").get(&request.key).cloned();
     let Some(found) = found else {
         return error(stream, 404, "NoSuchKey").await;
     };
@@ -403,11 +380,11 @@ async fn get(
     if asked.is_some() && (start >= size || start >= end) {
         return error(stream, 416, "InvalidRange").await;
     }
-    state.ranges.lock().expect("ranges").push((
-        request.key.clone(),
-        start as u64,
-        (end - start) as u64,
-    ));
+    state
+        .ranges
+        .lock()
+        .expect("ranges")
+        .push((request.key.clone(), start as u64, (end - start) as u64));
     if fault == Some(Fault::WrongRange) {
         (start, end) = (start + 1, end + 1);
     }
@@ -434,26 +411,16 @@ async fn get(
     );
     stream.write_all(head.as_bytes()).await?;
     let cut = matches!(fault, Some(Fault::Truncated | Fault::StallInBody));
-    let sent = if cut {
-        body.slice(..body.len() / 2)
-    } else {
-        body
-    };
+    let sent = if cut { body.slice(..body.len() / 2) } else { body };
     // Paced in pieces: enough of them to be smooth, few enough to cost nothing.
     let began = tokio::time::Instant::now();
     let mut done = 0;
     for piece in sent.chunks(256 << 10) {
         stream.write_all(piece).await?;
         done += piece.len() as u64;
-        state
-            .counts
-            .body_bytes
-            .fetch_add(piece.len() as u64, Relaxed);
+        state.counts.body_bytes.fetch_add(piece.len() as u64, Relaxed);
         if shape.rate > 0 {
-            tokio::time::sleep_until(
-                began + Duration::from_secs_f64(done as f64 / shape.rate as f64),
-            )
-            .await;
+            tokio::time::sleep_until(began + Duration::from_secs_f64(done as f64 / shape.rate as f64)).await;
         }
     }
     match fault {
@@ -463,11 +430,7 @@ async fn get(
     }
 }
 
-async fn write(
-    state: &State,
-    stream: &mut BufReader<TcpStream>,
-    request: &Request,
-) -> std::io::Result<()> {
+async fn write(state: &State, stream: &mut BufReader<TcpStream>, request: &Request) -> std::io::Result<()> {
     state.counts.puts.fetch_add(1, Relaxed);
     let upload = request.query.get("uploadId").cloned();
     match (request.method.as_str(), upload) {
@@ -488,15 +451,8 @@ async fn write(
         }
         ("PUT", None) => {
             let etag = {
-                let exists = state
-                    .objects
-                    .lock()
-                    .expect("objects")
-                    .contains_key(&request.key);
-                let conditional = request
-                    .headers
-                    .get("if-none-match")
-                    .is_some_and(|tag| tag == "*");
+                let exists = state.objects.lock().expect("objects").contains_key(&request.key);
+                let conditional = request.headers.get("if-none-match").is_some_and(|tag| tag == "*");
                 if conditional && exists {
                     None
                 } else {
@@ -529,9 +485,8 @@ async fn write(
                 .unwrap_or_default();
             let whole: Vec<u8> = parts.into_values().flatten().collect();
             let etag = store(state, &request.key, whole.into());
-            let body = format!(
-                "<CompleteMultipartUploadResult><ETag>{etag}</ETag></CompleteMultipartUploadResult>"
-            );
+            let body =
+                format!("<CompleteMultipartUploadResult><ETag>{etag}</ETag></CompleteMultipartUploadResult>");
             answer(stream, 200, "", body.as_bytes()).await
         }
         ("POST", None) => {
@@ -562,11 +517,7 @@ fn escape(text: &str) -> String {
         .replace('>', "&gt;")
 }
 
-async fn list(
-    state: &State,
-    stream: &mut BufReader<TcpStream>,
-    request: &Request,
-) -> std::io::Result<()> {
+async fn list(state: &State, stream: &mut BufReader<TcpStream>, request: &Request) -> std::io::Result<()> {
     state.counts.lists.fetch_add(1, Relaxed);
     let get = |name: &str| request.query.get(name).cloned().unwrap_or_default();
     let (prefix, delimiter) = (get("prefix"), get("delimiter"));
@@ -615,17 +566,8 @@ async fn list(
         }
     }
     if more {
-        body += &format!(
-            "<NextContinuationToken>{}</NextContinuationToken>",
-            escape(&last)
-        );
+        body += &format!("<NextContinuationToken>{}</NextContinuationToken>", escape(&last));
     }
     body += &format!("<IsTruncated>{more}</IsTruncated></ListBucketResult>");
-    answer(
-        stream,
-        200,
-        "content-type: application/xml\r\n",
-        body.as_bytes(),
-    )
-    .await
+    answer(stream, 200, "content-type: application/xml\r\n", body.as_bytes()).await
 }

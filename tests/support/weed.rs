@@ -254,17 +254,12 @@ fn free_ports<const N: usize>() -> Result<[u16; N], String> {
 fn request(port: u16, method: &str, path: &str) -> Result<u16, String> {
     let limit = Duration::from_secs(5);
     let address = SocketAddrV4::new(Ipv4Addr::LOCALHOST, port);
-    let mut stream =
-        TcpStream::connect_timeout(&address.into(), limit).map_err(|e| e.to_string())?;
-    stream
-        .set_read_timeout(Some(limit))
-        .map_err(|e| e.to_string())?;
+    let mut stream = TcpStream::connect_timeout(&address.into(), limit).map_err(|e| e.to_string())?;
+    stream.set_read_timeout(Some(limit)).map_err(|e| e.to_string())?;
     let head = format!(
         "{method} {path} HTTP/1.1\r\nHost: {address}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
     );
-    stream
-        .write_all(head.as_bytes())
-        .map_err(|e| e.to_string())?;
+    stream.write_all(head.as_bytes()).map_err(|e| e.to_string())?;
     let mut answer = [0; 12];
     stream.read_exact(&mut answer).map_err(|e| e.to_string())?;
     std::str::from_utf8(&answer[9..])
