@@ -29,6 +29,7 @@ use self::{
 };
 use crate::{
     cache::{Cache, CacheError},
+    causes::in_one_line,
     fetch::Fetcher,
     fs::Owner,
     fuse::{self, Ended, MountError, MountOptions, Mounted, Operation},
@@ -90,21 +91,6 @@ pub enum AgentError {
     },
     #[error("the agent is stopping; try again")]
     Stopping,
-}
-
-/// An error with its causes, in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        if !text.contains(&next) {
-            text.push_str(": ");
-            text.push_str(&next);
-        }
-        cause = error.source();
-    }
-    text
 }
 
 /// One mount, served.
@@ -322,7 +308,7 @@ impl Agent {
                     self.wait_until_gone(mount).await
                 }
             }
-            Ok(Err(error)) => Some(chain(&error)),
+            Ok(Err(error)) => Some(in_one_line(&error)),
             Err(error) => Some(error.to_string()),
         };
         UnmountOutcome {

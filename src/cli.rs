@@ -13,6 +13,8 @@ mod status;
 
 use std::process::ExitCode;
 
+use crate::causes::in_one_line;
+
 use self::args::{Cli, Command};
 
 /// Why a command ended without doing what it was asked.
@@ -36,7 +38,7 @@ impl CliError {
 
     /// A wrong request, with its causes in one line.
     fn usage(error: impl std::error::Error) -> Self {
-        Self::Usage(output::chain(&error))
+        Self::Usage(in_one_line(&error))
     }
 }
 
@@ -52,7 +54,7 @@ pub fn main() -> ExitCode {
             ExitCode::from(2)
         }
         Err(CliError::Failed(error)) => {
-            output::note(&format!("grid-mount: {}", output::chain(&*error)));
+            output::note(&format!("grid-mount: {}", in_one_line(&*error)));
             ExitCode::from(1)
         }
     }

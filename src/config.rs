@@ -361,15 +361,5 @@ fn seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// The variables of the object-store ecosystems, as they are.
-pub fn store_variables(
-    environment: impl IntoIterator<Item = (String, String)>,
-) -> impl Iterator<Item = (String, String)> {
-    const PREFIXES: [&str; 3] = ["AWS_", "GOOGLE_", "AZURE_"];
-    environment
-        .into_iter()
-        .filter(|(name, _)| PREFIXES.iter().any(|prefix| name.starts_with(prefix)))
-}
-
 #[cfg(test)]
 mod tests;

@@ -8,6 +8,7 @@ pub mod block;
 pub mod bytesize;
 pub mod cache;
 pub mod catalog;
+pub mod causes;
 pub mod cli;
 pub mod config;
 pub mod digest;

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 pub use crate::fuse::IoModeWish;
 use crate::{
-    origin::StoreUrl,
+    origin::{StoreSettings, StoreUrl},
     reference::{PinnedReference, UserName},
     tree::Totals,
 };
@@ -50,7 +50,7 @@ pub struct MountRequest {
     pub catalog: StoreUrl,
     pub user: UserName,
     /// Object-store settings by their ecosystem names; secrets among them.
-    pub store_settings: BTreeMap<String, String>,
+    pub store_settings: StoreSettings,
     pub io_mode: IoModeWish,
 }
 
@@ -62,7 +62,7 @@ impl std::fmt::Debug for MountRequest {
             .field("mount_point", &self.mount_point)
             .field("catalog", &self.catalog)
             .field("user", &self.user)
-            .field("store_settings", &self.store_settings.keys())
+            .field("store_settings", &self.store_settings)
             .finish_non_exhaustive()
     }
 }

@@ -18,6 +18,8 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
 };
 
+use crate::causes::in_one_line;
+
 use super::{
     Agent, AgentError,
     control::{AgentInfo, MountInfo, MountRequest, Problem, UnmountOutcome, UnmountRequest},
@@ -85,7 +87,7 @@ impl From<AgentError> for Refusal {
             AgentError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
             _ => StatusCode::UNPROCESSABLE_ENTITY,
         };
-        Self(status, super::chain(&error))
+        Self(status, in_one_line(&error))
     }
 }
 

@@ -13,7 +13,7 @@ use crate::{
         self, GridFs, Owner,
         fetched::{Fetched, Sources},
     },
-    origin::{Deadlines, OriginError, Pin, Store, StoreSettings, StoreUrl},
+    origin::{Deadlines, OriginError, Pin, Store, StoreUrl},
     reference::{PinnedReference, Reference},
     tree::{self, ObjectNo, Tree, TreeError},
 };
@@ -75,14 +75,14 @@ pub struct Snapshot {
 
 impl Resolved {
     pub async fn new(reference: &Reference, request: &MountRequest) -> Result<Self, SnapshotError> {
-        let settings: StoreSettings = request.store_settings.clone().into_iter().collect();
-        let catalog = catalog::open(&request.catalog, &settings, &Deadlines::control())?;
+        let settings = &request.store_settings;
+        let catalog = catalog::open(&request.catalog, settings, &Deadlines::control())?;
         let record = catalog.resolve(reference, &request.user).await?;
         let url = match &record.origin {
             OriginLocation::Catalog => catalog.store().url().clone(),
             OriginLocation::Url(url) => url.clone(),
         };
-        let origin = Store::open(&url, &settings, &Deadlines::data()).map_err(SnapshotError::Origin)?;
+        let origin = Store::open(&url, settings, &Deadlines::data()).map_err(SnapshotError::Origin)?;
         Ok(Self {
             record,
             catalog,

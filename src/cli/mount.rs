@@ -65,7 +65,7 @@ pub fn request(args: &MountArgs, settings: &Settings) -> Result<MountRequest, Cl
         mount_point,
         catalog: settings.catalog.value.clone(),
         user: settings.user.value.clone(),
-        store_settings: config::store_settings(),
+        store_settings: config::store_settings()?,
         io_mode: args.io_mode.into(),
     })
 }
