@@ -85,6 +85,8 @@ struct State {
     next: AtomicU64,
     /// The offsets of ranged GETs, in order.
     ranges: Mutex<Vec<(String, u64, u64)>>,
+    /// (key, size) of every object that came to be, in order; one that is overwritten, again.
+    written: Mutex<Vec<(String, u64)>>,
 }
 
 /// Serves one bucket (`bucket`) until dropped.
@@ -148,6 +150,11 @@ impl S3Origin {
         self.state.ranges.lock().expect("ranges").clone()
     }
 
+    /// (key, size) of every object written so far, in order.
+    pub fn written(&self) -> Vec<(String, u64)> {
+        self.state.written.lock().expect("written").clone()
+    }
+
     pub fn put(&self, key: &str, bytes: impl Into<Bytes>) -> String {
         store(&self.state, key, bytes.into())
     }
@@ -167,6 +174,8 @@ impl S3Origin {
 }
 
 fn store(state: &State, key: &str, bytes: Bytes) -> String {
+    let written = (key.to_owned(), bytes.len() as u64);
+    state.written.lock().expect("written").push(written);
     let etag = format!("\"{:016x}\"", state.next.fetch_add(1, Relaxed) + 1);
     let stored = Stored {
         bytes,
