@@ -125,6 +125,9 @@ pub struct MountArgs {
     /// How the kernel reads: chosen from the data set unless said
     #[arg(long, value_enum, default_value_t = IoModeArg::Auto, hide_short_help = true)]
     pub io_mode: IoModeArg,
+    /// What to fetch before it is asked for: auto, none or all [env: GRID_MOUNT_PREFETCH]
+    #[arg(long, value_name = "WHAT", hide_short_help = true)]
+    pub prefetch: Option<String>,
     #[command(flatten)]
     pub output: OutputArgs,
     #[command(flatten)]
