@@ -237,14 +237,12 @@ impl Agent {
         let reference = snapshot.resolved.reference();
         let mut options = MountOptions::new(point.path(), reference.to_string(), owner);
         options.io_mode = request.io_mode;
-        let mounted =
-            fuse::mount(snapshot.file_system(&self.fetcher, owner), options, &handle).map_err(|source| {
-                AgentError::Mount {
-                    requested: request.reference.clone(),
-                    mount_point: point.path().to_owned(),
-                    source,
-                }
-            })?;
+        let file_system = snapshot.file_system(&self.fetcher, owner, request.prefetch, &handle);
+        let mounted = fuse::mount(file_system, options, &handle).map_err(|source| AgentError::Mount {
+            requested: request.reference.clone(),
+            mount_point: point.path().to_owned(),
+            source,
+        })?;
         let mounted = Arc::new(mounted);
         let info = MountInfo {
             reference,

@@ -13,7 +13,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-pub use crate::fuse::IoModeWish;
+pub use crate::{fs::prefetch::PrefetchPolicy, fuse::IoModeWish};
 use crate::{
     origin::{StoreSettings, StoreUrl},
     reference::{PinnedReference, UserName},
@@ -52,6 +52,8 @@ pub struct MountRequest {
     /// Object-store settings by their ecosystem names; secrets among them.
     pub store_settings: StoreSettings,
     pub io_mode: IoModeWish,
+    #[serde(default)]
+    pub prefetch: PrefetchPolicy,
 }
 
 // A request carries credentials: no derived Debug.

@@ -1,6 +1,6 @@
 //! From a request to something that can be mounted: the record, then the tree.
 
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use std::{io, ops::Range, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::TryStreamExt;
 
@@ -12,10 +12,11 @@ use crate::{
     fs::{
         self, GridFs, Owner,
         fetched::{Fetched, Sources},
+        prefetch::PrefetchPolicy,
     },
     origin::{Deadlines, OriginError, Pin, Store, StoreUrl},
     reference::{PinnedReference, Reference},
-    tree::{self, ObjectNo, Tree, TreeError},
+    tree::{self, ObjectNo, RowNo, Tree, TreeError},
 };
 
 /// No tree takes longer than this to arrive; each of its reads has a shorter deadline of its own.
@@ -201,7 +202,13 @@ impl Resolved {
 
 impl Snapshot {
     /// The snapshot as a file system of `owner`'s.
-    pub fn file_system(&self, fetcher: &Arc<Fetcher>, owner: Owner) -> GridFs {
+    pub fn file_system(
+        &self,
+        fetcher: &Arc<Fetcher>,
+        owner: Owner,
+        prefetch: PrefetchPolicy,
+        runtime: &tokio::runtime::Handle,
+    ) -> GridFs {
         let resolved = &self.resolved;
         let sums = resolved
             .record
@@ -223,7 +230,13 @@ impl Snapshot {
         };
         // Cached bytes are shared by whoever has this user's permissions: the user.
         let domain = format!("uid {}", owner.uid);
-        let content = Arc::new(Fetched::new(Arc::clone(fetcher), sources, domain));
+        let content = Arc::new(Fetched::new(
+            Arc::clone(fetcher),
+            sources,
+            domain,
+            prefetch,
+            runtime,
+        ));
         let reference = resolved.reference().to_string();
         GridFs::new(
             fs::Snapshot {
@@ -253,6 +266,15 @@ impl Sources for TreeSources {
             size: object.size,
             sums: self.sums.as_ref().map(|sums| sums.of(number)),
         })
+    }
+
+    fn total_bytes(&self) -> u64 {
+        self.tree.totals().bytes
+    }
+
+    fn files(&self) -> Box<dyn Iterator<Item = (ObjectNo, Range<u64>)> + Send + '_> {
+        let rows = (0..self.tree.row_count()).map(RowNo);
+        Box::new(rows.filter_map(|row| self.tree.object_range(row).ok().flatten()))
     }
 }
 

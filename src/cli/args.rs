@@ -145,6 +145,9 @@ pub struct MountArgs {
     /// How the kernel reads; chosen by itself
     #[arg(long, value_enum, default_value_t = IoModeArg::Auto, hide_default_value = true)]
     pub io_mode: IoModeArg,
+    /// What to fetch before it is asked for: auto, none or all [env: GRID_MOUNT_PREFETCH]
+    #[arg(long, value_name = "WHAT", hide_short_help = true)]
+    pub prefetch: Option<String>,
     #[command(flatten)]
     pub output: OutputArgs,
     #[command(flatten)]

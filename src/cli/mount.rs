@@ -28,7 +28,7 @@ const AGENT_TRIES: usize = 50;
 const AGENT_PAUSE: Duration = Duration::from_millis(100);
 
 pub async fn mount(args: MountArgs) -> Result<(), CliError> {
-    let settings = config::load(&Overrides::of(&args.catalog, &args.agent))?;
+    let settings = config::load(&Overrides::of_mount(&args))?;
     let request = request(&args, &settings)?;
     let mut last = None;
     for _ in 0..AGENT_TRIES {
@@ -68,6 +68,7 @@ pub fn request(args: &MountArgs, settings: &Settings) -> Result<MountRequest, Cl
         user: settings.user.value.clone(),
         store_settings: config::store_settings()?,
         io_mode: args.io_mode.into(),
+        prefetch: settings.prefetch.value,
     })
 }
 
