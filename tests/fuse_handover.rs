@@ -397,7 +397,10 @@ fn can_resend() -> bool {
     let mut numbers = release.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     if version < (6, 9) {
-        sandbox::skip("resuming a mount", &format!("Linux {release} cannot resend requests"));
+        sandbox::skip(
+            "resuming a mount",
+            &format!("Linux {release} cannot resend requests"),
+        );
     }
     version >= (6, 9)
 }

@@ -32,20 +32,27 @@ fn fuse_is_here(what: &str) -> bool {
 
 /// The origin, served by threads of its own.
 struct Origin {
-    runtime: tokio::runtime::Runtime,
     s3: S3Origin,
+    _runtime: tokio::runtime::Runtime,
 }
 
 impl Origin {
     fn start(shape: Shape) -> Self {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let s3 = runtime.block_on(S3Origin::start(shape));
-        Self { runtime, s3 }
+        Self {
+            s3,
+            _runtime: runtime,
+        }
     }
 
     /// A sandbox that knows the origin, with a catalog of its own beside it.
     fn sandbox(&self) -> Sandbox {
-        let sandbox = self.s3.settings().iter().fold(Sandbox::new(), |sandbox, (name, value)| sandbox.env(name, value));
+        let sandbox = self
+            .s3
+            .settings()
+            .iter()
+            .fold(Sandbox::new(), |sandbox, (name, value)| sandbox.env(name, value));
         let catalog = format!("file://{}", sandbox.path("data/catalog").display());
         sandbox.env("GRID_MOUNT_CATALOG", &catalog)
     }
@@ -79,8 +86,9 @@ fn wait_for_the_end(pid: i32) {
 /// Bytes that tell where they are: every eight say their own offset, and which file.
 fn tell_tale(file: u64, range: std::ops::Range<u64>) -> Vec<u8> {
     let words = range.start / 8..range.end.div_ceil(8);
-    let bytes: Vec<u8> =
-        words.flat_map(|word| (word ^ (file + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15)).to_le_bytes()).collect();
+    let bytes: Vec<u8> = words
+        .flat_map(|word| (word ^ (file + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15)).to_le_bytes())
+        .collect();
     let skipped = (range.start % 8) as usize;
     bytes[skipped..skipped + (range.end - range.start) as usize].to_vec()
 }
@@ -102,14 +110,20 @@ fn one_byte_of_a_gibibyte_fetches_a_few_mebibytes() {
         let before = origin.sent();
         sandbox.ok(&["big", point.to_str().unwrap()]);
         let mut byte = [1];
-        File::open(point.join("big")).unwrap().read_exact_at(&mut byte, at).unwrap();
+        File::open(point.join("big"))
+            .unwrap()
+            .read_exact_at(&mut byte, at)
+            .unwrap();
         assert_eq!(byte, [0]);
         // Also what was still being fetched ahead is counted.
         unmount_all(&sandbox);
         let after = origin.sent();
         let (bytes, gets) = (after.0 - before.0, after.1 - before.1);
         println!("byte {at}: {bytes} bytes in {gets} requests");
-        assert!(bytes > 0 && bytes <= most * MIB, "{bytes} bytes were fetched for the byte at {at}");
+        assert!(
+            bytes > 0 && bytes <= most * MIB,
+            "{bytes} bytes were fetched for the byte at {at}"
+        );
         assert!(gets <= 8, "{gets} requests were made for the byte at {at}");
     }
 }
@@ -131,7 +145,10 @@ fn one_byte_of_a_published_gibibyte_fetches_a_few_mebibytes() {
     let before = origin.sent();
     sandbox.ok(&["big", point.to_str().unwrap()]);
     let mut byte = [0];
-    File::open(point.join("big")).unwrap().read_exact_at(&mut byte, 700 * MIB).unwrap();
+    File::open(point.join("big"))
+        .unwrap()
+        .read_exact_at(&mut byte, 700 * MIB)
+        .unwrap();
     assert_eq!(&byte, b"x");
     unmount_all(&sandbox);
     let after = origin.sent();
@@ -148,8 +165,11 @@ fn what_a_killed_agent_had_fetched_is_not_fetched_again() {
         return;
     }
     // Slow enough to be killed in the middle.
-    let origin = Origin::start(Shape { rate: 4 << 20, ..Shape::default() });
-    let sandbox = origin.sandbox();
+    let origin = Origin::start(Shape {
+        rate: 2 << 20,
+        ..Shape::default()
+    });
+    let sandbox = origin.sandbox().env("GRID_MOUNT_CONNECTIONS", "4");
     origin.s3.put("data/big", tell_tale(0, 0..SIZE));
     sandbox.ok(&["register", "s3://bucket/data", "big"]);
     let point = sandbox.path("mnt/point");
@@ -176,30 +196,45 @@ fn what_a_killed_agent_had_fetched_is_not_fetched_again() {
         let _ = nix::mount::umount2(&point, nix::mount::MntFlags::MNT_DETACH);
         done
     });
-    assert!((16 * MIB..SIZE).contains(&done), "the agent was not killed in the middle, but after {done} bytes");
     let sent = origin.sent().0;
+    assert!(
+        done >= 16 * MIB && sent < SIZE,
+        "the agent was not killed in the middle, but after {sent} bytes"
+    );
 
     // The same host, a new agent: what the reader had, and was written to the cache behind its back, is there.
     origin.s3.shape(Shape::default());
     let ranges = origin.s3.ranges().len();
     sandbox.ok(&["big", point.to_str().unwrap()]);
-    assert!(fs::read(point.join("big")).unwrap() == tell_tale(0, 0..SIZE), "bytes differ");
+    assert!(
+        fs::read(point.join("big")).unwrap() == tell_tale(0, 0..SIZE),
+        "bytes differ"
+    );
     unmount_all(&sandbox);
     let again = origin.sent().0 - sent;
     println!("read {done}, sent {sent} before the kill and {again} after it, of {SIZE}");
     // A block is written to the cache a moment after its reader has it.
     let slack = 8 * MIB;
-    assert!(again <= SIZE - done + slack, "{again} bytes were fetched again after {done} had been read");
+    assert!(
+        again <= SIZE - done + slack,
+        "{again} bytes were fetched again after {done} had been read"
+    );
     let early: u64 = origin.s3.ranges()[ranges..]
         .iter()
         .map(|(_, start, length)| (start + length).min(done - slack).saturating_sub(*start))
         .sum();
-    assert!(early <= MIB, "{early} bytes of what had been read long before were fetched again");
+    assert!(
+        early <= MIB,
+        "{early} bytes of what had been read long before were fetched again"
+    );
 
     // And a third time, nothing at all.
     let before = origin.sent();
     sandbox.ok(&["big", point.to_str().unwrap()]);
-    assert!(fs::read(point.join("big")).unwrap() == tell_tale(0, 0..SIZE), "bytes differ");
+    assert!(
+        fs::read(point.join("big")).unwrap() == tell_tale(0, 0..SIZE),
+        "bytes differ"
+    );
     unmount_all(&sandbox);
     assert_eq!(origin.sent(), before);
 }
@@ -210,20 +245,31 @@ fn ten_thousand_random_reads_agree_with_a_cache_far_too_small() {
     const READS: u64 = 10_000;
     const THREADS: u64 = 32;
     const CACHE: u64 = 16 * MIB;
+    // What arrived last is also held in memory: a quarter of this.
+    const MEMORY: u64 = 16 * MIB;
     if !fuse_is_here("random reads") {
         return;
     }
     let origin = Origin::start(Shape::default());
-    let sandbox = origin.sandbox().env("GRID_MOUNT_CACHE_SIZE", &CACHE.to_string());
+    let sandbox = origin
+        .sandbox()
+        .env("GRID_MOUNT_CACHE_SIZE", &CACHE.to_string())
+        .env("GRID_MOUNT_MEMORY_LIMIT", &MEMORY.to_string());
     // From one byte to 20 MiB, 128 MiB together, none of a round size.
-    let sizes: Vec<u64> = (0..FILES).map(|file| 1 + file * file * file * 1733 / 2 + file * 77).collect();
+    let sizes: Vec<u64> = (0..FILES)
+        .map(|file| 1 + file * file * file * 1733 + file * 77)
+        .collect();
     let data: u64 = sizes.iter().sum();
     for (file, size) in sizes.iter().enumerate() {
-        origin.s3.put(&format!("data/d{}/{file}", file % 3), tell_tale(file as u64, 0..*size));
+        origin.s3.put(
+            &format!("data/d{}/{file}", file % 3),
+            tell_tale(file as u64, 0..*size),
+        );
     }
     sandbox.ok(&["register", "s3://bucket/data", "many"]);
     let point = sandbox.path("mnt/point");
-    sandbox.ok(&["many", point.to_str().unwrap()]);
+    // In passthrough, O_DIRECT goes to the cache's own file system, whose alignment it then needs.
+    sandbox.ok(&["many", point.to_str().unwrap(), "--io-mode", "no-open"]);
 
     std::thread::scope(|scope| {
         for thread in 0..THREADS {
@@ -239,7 +285,11 @@ fn ten_thousand_random_reads_agree_with_a_cache_far_too_small() {
                     let most = if random.below(8) == 0 { 300_000 } else { 5_000 };
                     let length = 1 + random.below(most);
                     let path = point.join(format!("d{}/{file}", file % 3));
-                    let opened = OpenOptions::new().read(true).custom_flags(flags).open(&path).unwrap();
+                    let opened = OpenOptions::new()
+                        .read(true)
+                        .custom_flags(flags)
+                        .open(&path)
+                        .unwrap();
                     let mut bytes = vec![0; length as usize];
                     let got = read_all(&opened, &mut bytes, start);
                     let expected = start.min(size)..(start + length).min(size).max(start.min(size));
@@ -254,13 +304,22 @@ fn ten_thousand_random_reads_agree_with_a_cache_far_too_small() {
     let status = sandbox.status();
     let agent = &status["agent"];
     let used = agent["cache_used"].as_u64().unwrap();
-    println!("{data} bytes of data, cache {used} of {CACHE}, {} bytes from the origin", agent["bytes_from_origin"]);
+    println!(
+        "{data} bytes of data, cache {used} of {CACHE}, {} bytes from the origin",
+        agent["bytes_from_origin"]
+    );
     assert!(data > 4 * CACHE);
-    assert!(used <= CACHE, "the cache holds {used} bytes, its limit is {CACHE}");
+    assert!(
+        used <= CACHE,
+        "the cache holds {used} bytes, its limit is {CACHE}"
+    );
     assert_eq!(agent["cache_degraded"], serde_json::Value::Null);
     assert_eq!(agent["last_error"], serde_json::Value::Null);
     let from_origin = agent["bytes_from_origin"].as_u64().unwrap();
-    assert!(from_origin > 2 * CACHE, "the cache was not under pressure: {from_origin} bytes came from the origin");
+    assert!(
+        from_origin > 2 * data,
+        "the cache was not under pressure: {from_origin} bytes came from the origin"
+    );
 }
 
 /// As much as there is, however short the single reads are.
