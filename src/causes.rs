@@ -3,6 +3,7 @@
 use std::error::Error;
 
 /// "what failed: why: why". Many errors repeat their source in their own words: each is told once.
+/// Causes quote servers (a body of XML, say): line breaks and control characters become spaces.
 pub fn in_one_line(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
@@ -14,7 +15,10 @@ pub fn in_one_line(error: &dyn Error) -> String {
         }
         cause = error.source();
     }
-    text
+    text.split(|c: char| c.is_control() || c == ' ')
+        .filter(|word| !word.is_empty())
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 #[cfg(test)]
@@ -36,5 +40,7 @@ mod tests {
         let cause = || io::Error::other("no route");
         assert_eq!(in_one_line(&Outer::Silent(cause())), "no catalog: no route");
         assert_eq!(in_one_line(&Outer::Repeating(cause())), "no catalog: no route");
+        let quoting = Outer::Silent(io::Error::other("403:\r\n <Error>\u{1b}[2J\n</Error>\n"));
+        assert_eq!(in_one_line(&quoting), "no catalog: 403: <Error> [2J </Error>");
     }
 }

@@ -32,8 +32,8 @@ fn fuse_is_here(what: &str) -> bool {
 
 /// The origin, served by threads of its own.
 struct Origin {
-    _runtime: tokio::runtime::Runtime,
     s3: S3Origin,
+    _runtime: tokio::runtime::Runtime,
 }
 
 impl Origin {
@@ -41,8 +41,8 @@ impl Origin {
         let runtime = tokio::runtime::Runtime::new().unwrap();
         let s3 = runtime.block_on(S3Origin::start(shape));
         Self {
-            _runtime: runtime,
             s3,
+            _runtime: runtime,
         }
     }
 
@@ -166,10 +166,10 @@ fn what_a_killed_agent_had_fetched_is_not_fetched_again() {
     }
     // Slow enough to be killed in the middle.
     let origin = Origin::start(Shape {
-        rate: 4 << 20,
+        rate: 2 << 20,
         ..Shape::default()
     });
-    let sandbox = origin.sandbox();
+    let sandbox = origin.sandbox().env("GRID_MOUNT_CONNECTIONS", "4");
     origin.s3.put("data/big", tell_tale(0, 0..SIZE));
     sandbox.ok(&["register", "s3://bucket/data", "big"]);
     let point = sandbox.path("mnt/point");
@@ -196,11 +196,11 @@ fn what_a_killed_agent_had_fetched_is_not_fetched_again() {
         let _ = nix::mount::umount2(&point, nix::mount::MntFlags::MNT_DETACH);
         done
     });
-    assert!(
-        (16 * MIB..SIZE).contains(&done),
-        "the agent was not killed in the middle, but after {done} bytes"
-    );
     let sent = origin.sent().0;
+    assert!(
+        done >= 16 * MIB && sent < SIZE,
+        "the agent was not killed in the middle, but after {sent} bytes"
+    );
 
     // The same host, a new agent: what the reader had, and was written to the cache behind its back, is there.
     origin.s3.shape(Shape::default());
@@ -245,14 +245,19 @@ fn ten_thousand_random_reads_agree_with_a_cache_far_too_small() {
     const READS: u64 = 10_000;
     const THREADS: u64 = 32;
     const CACHE: u64 = 16 * MIB;
+    // What arrived last is also held in memory: a quarter of this.
+    const MEMORY: u64 = 16 * MIB;
     if !fuse_is_here("random reads") {
         return;
     }
     let origin = Origin::start(Shape::default());
-    let sandbox = origin.sandbox().env("GRID_MOUNT_CACHE_SIZE", &CACHE.to_string());
+    let sandbox = origin
+        .sandbox()
+        .env("GRID_MOUNT_CACHE_SIZE", &CACHE.to_string())
+        .env("GRID_MOUNT_MEMORY_LIMIT", &MEMORY.to_string());
     // From one byte to 20 MiB, 128 MiB together, none of a round size.
     let sizes: Vec<u64> = (0..FILES)
-        .map(|file| 1 + file * file * file * 1733 / 2 + file * 77)
+        .map(|file| 1 + file * file * file * 1733 + file * 77)
         .collect();
     let data: u64 = sizes.iter().sum();
     for (file, size) in sizes.iter().enumerate() {
@@ -263,7 +268,8 @@ fn ten_thousand_random_reads_agree_with_a_cache_far_too_small() {
     }
     sandbox.ok(&["register", "s3://bucket/data", "many"]);
     let point = sandbox.path("mnt/point");
-    sandbox.ok(&["many", point.to_str().unwrap()]);
+    // In passthrough, O_DIRECT goes to the cache's own file system, whose alignment it then needs.
+    sandbox.ok(&["many", point.to_str().unwrap(), "--io-mode", "no-open"]);
 
     std::thread::scope(|scope| {
         for thread in 0..THREADS {
@@ -311,7 +317,7 @@ fn ten_thousand_random_reads_agree_with_a_cache_far_too_small() {
     assert_eq!(agent["last_error"], serde_json::Value::Null);
     let from_origin = agent["bytes_from_origin"].as_u64().unwrap();
     assert!(
-        from_origin > 2 * CACHE,
+        from_origin > 2 * data,
         "the cache was not under pressure: {from_origin} bytes came from the origin"
     );
 }

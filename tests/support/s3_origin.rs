@@ -56,6 +56,8 @@ pub struct Shape {
     /// One GET in so many is late by `straggle`; 0: none.
     pub straggler_every: u64,
     pub straggle: Duration,
+    /// Before a write is answered.
+    pub write: Duration,
 }
 
 #[derive(Default)]
@@ -432,6 +434,8 @@ async fn get(state: &State, stream: &mut BufReader<TcpStream>, request: &Request
 
 async fn write(state: &State, stream: &mut BufReader<TcpStream>, request: &Request) -> std::io::Result<()> {
     state.counts.puts.fetch_add(1, Relaxed);
+    let write = state.shape.lock().expect("shape").write;
+    tokio::time::sleep(write).await;
     let upload = request.query.get("uploadId").cloned();
     match (request.method.as_str(), upload) {
         ("PUT", Some(upload)) => {
@@ -483,7 +487,8 @@ async fn write(state: &State, stream: &mut BufReader<TcpStream>, request: &Reque
                 .expect("uploads")
                 .remove(&upload)
                 .unwrap_or_default();
-            let whole: Vec<u8> = parts.into_values().flatten().collect();
+            let parts: Vec<Bytes> = parts.into_values().collect();
+            let whole = parts.concat();
             let etag = store(state, &request.key, whole.into());
             let body =
                 format!("<CompleteMultipartUploadResult><ETag>{etag}</ETag></CompleteMultipartUploadResult>");
