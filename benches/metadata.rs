@@ -326,7 +326,7 @@ impl World {
             .args(arguments)
             .env("XDG_RUNTIME_DIR", self.below("run"))
             .env("XDG_CONFIG_HOME", self.below("config"))
-            .env("GRID_MOUNT_SOCKET", self.below("run/socket"))
+            .env("GRID_MOUNT_SOCKET", "")
             .env("GRID_MOUNT_CATALOG", self.url("catalog"))
             .env("GRID_MOUNT_CACHE_DIR", self.below("cache"))
             .env("GRID_MOUNT_CACHE_SIZE", "8GiB")
