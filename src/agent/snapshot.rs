@@ -1,20 +1,20 @@
 //! From a request to something that can be mounted: the record, then the tree.
 
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, io, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::TryStreamExt;
 
-use super::{control::MountRequest, sums::SumsPart};
+use super::sums::SumsPart;
 use crate::{
     cache::{Cache, CacheError, TreeHandle},
     catalog::{self, Catalog, CatalogError, OriginLocation, Record, TreePart},
-    fetch::{Fetcher, Source},
+    fetch::{FetchObject, Fetcher, Source},
     fs::{
         self, GridFs, Owner,
         fetched::{Fetched, Sources},
     },
     origin::{Deadlines, OriginError, Pin, Store, StoreSettings, StoreUrl},
-    reference::{PinnedReference, Reference},
+    reference::{PinnedReference, Reference, UserName},
     tree::{self, ObjectNo, Tree, TreeError},
 };
 
@@ -74,10 +74,15 @@ pub struct Snapshot {
 }
 
 impl Resolved {
-    pub async fn new(reference: &Reference, request: &MountRequest) -> Result<Self, SnapshotError> {
-        let settings: StoreSettings = request.store_settings.clone().into_iter().collect();
-        let catalog = catalog::open(&request.catalog, &settings, &Deadlines::control())?;
-        let record = catalog.resolve(reference, &request.user).await?;
+    pub async fn new(
+        reference: &Reference,
+        catalog_url: &StoreUrl,
+        user: &UserName,
+        store_settings: &BTreeMap<String, String>,
+    ) -> Result<Self, SnapshotError> {
+        let settings: StoreSettings = store_settings.clone().into_iter().collect();
+        let catalog = catalog::open(catalog_url, &settings, &Deadlines::control())?;
+        let record = catalog.resolve(reference, user).await?;
         let url = match &record.origin {
             OriginLocation::Catalog => catalog.store().url().clone(),
             OriginLocation::Url(url) => url.clone(),
@@ -86,7 +91,7 @@ impl Resolved {
         Ok(Self {
             record,
             catalog,
-            catalog_url: request.catalog.clone(),
+            catalog_url: catalog_url.clone(),
             origin,
         })
     }
@@ -200,8 +205,7 @@ impl Resolved {
 }
 
 impl Snapshot {
-    /// The snapshot as a file system of `owner`'s.
-    pub fn file_system(&self, fetcher: &Arc<Fetcher>, owner: Owner) -> GridFs {
+    fn sources(&self) -> TreeSources {
         let resolved = &self.resolved;
         let sums = resolved
             .record
@@ -216,15 +220,31 @@ impl Snapshot {
                     part.key.clone(),
                 )
             });
-        let sources = TreeSources {
+        TreeSources {
             tree: Arc::clone(&self.tree),
             origin: resolved.origin.clone(),
             sums,
-        };
-        // Cached bytes are shared by whoever has this user's permissions: the user.
-        let domain = format!("uid {}", owner.uid);
-        let content = Arc::new(Fetched::new(Arc::clone(fetcher), sources, domain));
-        let reference = resolved.reference().to_string();
+        }
+    }
+
+    /// One object of the tree as the mounts of `uid` open it.
+    pub fn object(
+        &self,
+        fetcher: &Arc<Fetcher>,
+        uid: u32,
+        number: ObjectNo,
+    ) -> Result<Arc<FetchObject>, TreeError> {
+        Ok(fetcher.open(&domain(uid), self.sources().source(number)?))
+    }
+
+    /// The snapshot as a file system of `owner`'s.
+    pub fn file_system(&self, fetcher: &Arc<Fetcher>, owner: Owner) -> GridFs {
+        let content = Arc::new(Fetched::new(
+            Arc::clone(fetcher),
+            self.sources(),
+            domain(owner.uid),
+        ));
+        let reference = self.resolved.reference().to_string();
         GridFs::new(
             fs::Snapshot {
                 reference,
@@ -234,6 +254,11 @@ impl Snapshot {
             owner,
         )
     }
+}
+
+/// Cached bytes are shared by whoever has this user's permissions: the user.
+fn domain(uid: u32) -> String {
+    format!("uid {uid}")
 }
 
 /// The tree's objects in the version's origin.
