@@ -10,7 +10,9 @@ pub mod launch;
 pub mod mount_point;
 pub mod server;
 pub mod snapshot;
+mod stored;
 mod sums;
+mod warm;
 
 use std::{
     collections::BTreeMap,
@@ -28,15 +30,16 @@ use self::{
     snapshot::{Resolved, Snapshot, SnapshotError},
 };
 use crate::{
-    cache::{Cache, CacheError},
+    cache::Cache,
     causes::in_one_line,
-    fetch::Fetcher,
+    fetch::{FetchError, Fetcher},
     fs::Owner,
     fuse::{self, Ended, MountError, MountOptions, Mounted, Operation},
     reference::{ParseError, QualifiedName, Reference},
+    tree::TreeError,
 };
 pub use crate::{
-    cache::{CacheConfig, VerifyPolicy},
+    cache::{CacheConfig, CacheError, VerifyPolicy},
     fetch::FetchConfig,
 };
 
@@ -88,6 +91,32 @@ pub enum AgentError {
         target: String,
         /// What is, in words.
         mounted: String,
+    },
+    #[error("{pattern} is not a pattern of paths: {reason}")]
+    Pattern { pattern: String, reason: String },
+    #[error("nothing in {requested} matches {patterns}")]
+    NothingMatches { requested: String, patterns: String },
+    #[error(
+        "{requested} needs {needed} bytes, but the cache holds {limit}: name less of it with --include, or give the agent more with --cache-size"
+    )]
+    TooLarge {
+        requested: String,
+        needed: u64,
+        limit: u64,
+    },
+    #[error("{requested} cannot be fetched")]
+    Warm {
+        requested: String,
+        #[source]
+        source: FetchError,
+    },
+    #[error("the cache does not keep what arrives: {reason}")]
+    NotKept { reason: String },
+    #[error("the tree of {requested} is damaged")]
+    Tree {
+        requested: String,
+        #[source]
+        source: TreeError,
     },
     #[error("the agent is stopping; try again")]
     Stopping,
@@ -167,7 +196,14 @@ impl Agent {
             requested: request.reference.clone(),
             source,
         };
-        let resolved = Resolved::new(&reference, &request).await.map_err(failed)?;
+        let resolved = Resolved::new(
+            &reference,
+            &request.catalog,
+            &request.user,
+            &request.store_settings,
+        )
+        .await
+        .map_err(failed)?;
         let place = match self.reserve(&request.mount_point, &resolved)? {
             Place::Ours(reserved) => reserved,
             Place::AlreadyThere(info) => return Ok(*info),

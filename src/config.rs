@@ -18,8 +18,8 @@ use serde::Serialize;
 use self::file::FileSettings;
 use crate::{
     bytesize::{ByteSize, ByteSizeError},
-    fs::prefetch::PrefetchPolicy,
     origin::{OriginError, StoreUrl},
+    prefetch_policy::PrefetchPolicy,
     reference::UserName,
 };
 

@@ -24,8 +24,8 @@ use crate::{
 };
 
 /// An agent may be ending just as it is asked for something; a new one is then started, once it has.
-const AGENT_TRIES: usize = 50;
-const AGENT_PAUSE: Duration = Duration::from_millis(100);
+pub const AGENT_TRIES: usize = 50;
+pub const AGENT_PAUSE: Duration = Duration::from_millis(100);
 
 pub async fn mount(args: MountArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of_mount(&args))?;
@@ -155,7 +155,7 @@ pub fn runtime_dir() -> Result<RuntimeDir, CliError> {
     RuntimeDir::of_user(xdg.as_deref()).map_err(CliError::failed)
 }
 
-fn start_agent(settings: &Settings) -> Result<Client, CliError> {
+pub fn start_agent(settings: &Settings) -> Result<Client, CliError> {
     let runtime = runtime_dir()?;
     let program = env::current_exe().map_err(CliError::failed)?;
     launch::start(&runtime, &program, &config::agent_arguments(settings)).map_err(CliError::failed)?;

@@ -89,6 +89,66 @@ impl Shown {
     }
 }
 
+/// One number that grows to a known end, on standard error.
+pub struct Bar {
+    bar: Option<ProgressBar>,
+    doing: &'static str,
+    bytes: bool,
+    last_line: Mutex<Instant>,
+}
+
+impl Bar {
+    /// `unit` is `bytes`, or what is counted.
+    pub fn new(doing: &'static str, unit: &'static str) -> Self {
+        let bytes = unit == "bytes";
+        let bar = output::stderr_is_terminal().then(|| {
+            let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
+            let template = match bytes {
+                true => "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}",
+                false => "{msg} [{bar:30}] {pos}/{len} ETA {eta}",
+            };
+            if let Ok(style) = ProgressStyle::with_template(template) {
+                bar.set_style(style.progress_chars("=> "));
+            }
+            bar.set_message(doing);
+            bar
+        });
+        Self {
+            bar,
+            doing,
+            bytes,
+            last_line: Mutex::new(Instant::now()),
+        }
+    }
+
+    pub fn at(&self, done: u64, total: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_length(total);
+            bar.set_position(done);
+            return;
+        }
+        {
+            let Some(mut last) = self.last_line.try_lock() else {
+                return;
+            };
+            if last.elapsed() < LINE_EVERY {
+                return;
+            }
+            *last = Instant::now();
+        }
+        output::note(&match self.bytes {
+            true => format!("{} {}/{}", self.doing, output::bytes(done), output::bytes(total)),
+            false => format!("{} {done}/{total}", self.doing),
+        });
+    }
+
+    pub fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
 impl Progress for Shown {
     fn phase(&self, phase: Phase) {
         let name = match phase {
