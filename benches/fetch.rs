@@ -28,6 +28,7 @@ const SHAPE: Shape = Shape {
     rate: 90_000_000,
     straggler_every: 0,
     straggle: Duration::ZERO,
+    write: Duration::ZERO,
 };
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -44,7 +45,7 @@ impl Bench {
             connections: CONNECTIONS,
             memory_limit: 1 << 30,
             read_deadline: Duration::from_secs(30),
-            max_readahead: 128 << 20,
+            max_readahead: 256 << 20,
         };
         let fetcher = Fetcher::new(config, None, tokio::runtime::Handle::current());
         let object = self.open(&fetcher, "big", self.size);
@@ -83,10 +84,7 @@ async fn read(
     range: std::ops::Range<u64>,
 ) -> Result<u64, Failure> {
     let mut buffer = Vec::new();
-    if fetcher
-        .read_cached(object, range.clone(), &mut buffer)
-        .is_some()
-    {
+    if fetcher.read_cached(object, range.clone(), &mut buffer).is_some() {
         return Ok(buffer.len() as u64);
     }
     Ok(fetcher.read(object, range).await?.len() as u64)
@@ -141,15 +139,8 @@ async fn sequential(bench: &Bench) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn random(
-    bench: &Bench,
-    readers: usize,
-    reads: u64,
-    warm: bool,
-    label: &str,
-) -> Result<(), Failure> {
-    let place =
-        |n: u64| (n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 16) % (bench.size - 4096) / 4096 * 4096;
+async fn random(bench: &Bench, readers: usize, reads: u64, warm: bool, label: &str) -> Result<(), Failure> {
+    let place = |n: u64| (n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 16) % (bench.size - 4096) / 4096 * 4096;
     let mut plain: Vec<Duration> = stream::iter(0..reads)
         .map(|n| async move {
             let block = place(n) / BLOCK_SIZE * BLOCK_SIZE;
@@ -164,10 +155,7 @@ async fn random(
         .await?;
     let (fetcher, object) = bench.fetcher();
     let warming = warm.then(|| {
-        let (fetcher, other) = (
-            Arc::clone(&fetcher),
-            bench.open(&fetcher, "other", bench.size),
-        );
+        let (fetcher, other) = (Arc::clone(&fetcher), bench.open(&fetcher, "other", bench.size));
         tokio::spawn(async move { fetcher.warm(&other, 0..u64::MAX, Priority::WarmUp).await })
     });
     let streams = Streams::default();
@@ -256,11 +244,7 @@ async fn main() -> Result<(), Failure> {
     origin.put("other", data);
     let settings = origin.settings().into_iter().collect();
     let store = Store::open(&"s3://bucket".parse()?, &settings, &Deadlines::data())?;
-    let bench = Bench {
-        origin,
-        store,
-        size,
-    };
+    let bench = Bench { origin, store, size };
     sequential(&bench).await?;
     random(&bench, 1, if small { 60 } else { 200 }, false, "").await?;
     random(&bench, 16, if small { 600 } else { 3000 }, false, "").await?;

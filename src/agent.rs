@@ -10,7 +10,9 @@ pub mod launch;
 pub mod mount_point;
 pub mod server;
 pub mod snapshot;
+mod stored;
 mod sums;
+mod warm;
 
 use std::{
     collections::BTreeMap,
@@ -27,16 +29,18 @@ use self::{
     mount_point::{MountPoint, MountPointError},
     snapshot::{Resolved, Snapshot, SnapshotError},
 };
-pub use crate::{
-    cache::{CacheConfig, VerifyPolicy},
-    fetch::FetchConfig,
-};
 use crate::{
-    cache::{Cache, CacheError},
-    fetch::Fetcher,
+    cache::Cache,
+    causes::in_one_line,
+    fetch::{FetchError, Fetcher},
     fs::Owner,
     fuse::{self, Ended, MountError, MountOptions, Mounted, Operation},
     reference::{ParseError, QualifiedName, Reference},
+    tree::TreeError,
+};
+pub use crate::{
+    cache::{CacheConfig, CacheError, VerifyPolicy},
+    fetch::FetchConfig,
 };
 
 /// How long an unmounted session may take to end before the caller is told that it has not.
@@ -68,7 +72,11 @@ pub enum AgentError {
     #[error(transparent)]
     MountPoint(#[from] MountPointError),
     #[error("{mount_point} is taken by {by}; name another mount point, for example {offer}")]
-    Taken { mount_point: PathBuf, by: String, offer: PathBuf },
+    Taken {
+        mount_point: PathBuf,
+        by: String,
+        offer: PathBuf,
+    },
     #[error("{mount_point} is just being mounted by another command")]
     Pending { mount_point: PathBuf },
     #[error("{requested} cannot be mounted at {mount_point}")]
@@ -84,23 +92,48 @@ pub enum AgentError {
         /// What is, in words.
         mounted: String,
     },
+    #[error("{pattern} is not a pattern of paths: {reason}")]
+    Pattern { pattern: String, reason: String },
+    #[error("nothing in {requested} matches {patterns}")]
+    NothingMatches { requested: String, patterns: String },
+    #[error(
+        "{requested} needs {needed} bytes, but the cache holds {limit}: name less of it with --include, or give the agent more with --cache-size"
+    )]
+    TooLarge {
+        requested: String,
+        needed: u64,
+        limit: u64,
+    },
+    #[error("{requested} cannot be fetched")]
+    Warm {
+        requested: String,
+        #[source]
+        source: FetchError,
+    },
+    #[error("the cache does not keep what arrives: {reason}")]
+    NotKept { reason: String },
+    #[error("the tree of {requested} is damaged")]
+    Tree {
+        requested: String,
+        #[source]
+        source: TreeError,
+    },
     #[error("the agent is stopping; try again")]
     Stopping,
 }
 
-/// An error with its causes, in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        if !text.contains(&next) {
-            text.push_str(": ");
-            text.push_str(&next);
-        }
-        cause = error.source();
-    }
-    text
+/// Unmounts a mount of ours that no agent serves any more; `None` where there is none. Blocking.
+pub fn unmount_orphan(path: &Path, lazy: bool) -> Option<UnmountOutcome> {
+    let ours = |mount: &fuse::MountLine| mount.mount_point == *path && mount.kind == "fuse.grid-mount";
+    let orphan = fuse::mounts().ok()?.into_iter().rfind(ours)?;
+    let error = fuse::unmount_at(path, lazy)
+        .err()
+        .map(|error| in_one_line(&error));
+    Some(UnmountOutcome {
+        reference: orphan.source.to_str()?.parse().ok()?,
+        mount_point: orphan.mount_point,
+        error,
+    })
 }
 
 /// One mount, served.
@@ -137,10 +170,15 @@ pub struct Agent {
 impl Agent {
     /// Opens the cache; must run within a tokio runtime.
     pub fn new(config: AgentConfig) -> Result<Arc<Self>, AgentError> {
-        let cache = Cache::open(config.cache.clone())
-            .map_err(|source| AgentError::Cache { dir: config.cache.dir.clone(), source })?;
-        let fetcher =
-            Fetcher::new(config.fetch, Some(Arc::clone(&cache)), tokio::runtime::Handle::current());
+        let cache = Cache::open(config.cache.clone()).map_err(|source| AgentError::Cache {
+            dir: config.cache.dir.clone(),
+            source,
+        })?;
+        let fetcher = Fetcher::new(
+            config.fetch,
+            Some(Arc::clone(&cache)),
+            tokio::runtime::Handle::current(),
+        );
         Ok(Arc::new(Self {
             cache,
             cache_config: config.cache,
@@ -154,8 +192,18 @@ impl Agent {
     pub async fn mount(self: &Arc<Self>, request: MountRequest) -> Result<MountInfo, AgentError> {
         let _under_way = UnderWay::begin(self)?;
         let reference: Reference = request.reference.parse()?;
-        let failed = |source| AgentError::Snapshot { requested: request.reference.clone(), source };
-        let resolved = Resolved::new(&reference, &request).await.map_err(failed)?;
+        let failed = |source| AgentError::Snapshot {
+            requested: request.reference.clone(),
+            source,
+        };
+        let resolved = Resolved::new(
+            &reference,
+            &request.catalog,
+            &request.user,
+            &request.store_settings,
+        )
+        .await
+        .map_err(failed)?;
         let place = match self.reserve(&request.mount_point, &resolved)? {
             Place::Ours(reserved) => reserved,
             Place::AlreadyThere(info) => return Ok(*info),
@@ -176,11 +224,16 @@ impl Agent {
         let key = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
         let mut table = self.table.lock();
         match table.slots.get(&key) {
-            Some(Slot::Pending) => Err(AgentError::Pending { mount_point: path.to_owned() }),
+            Some(Slot::Pending) => Err(AgentError::Pending {
+                mount_point: path.to_owned(),
+            }),
             Some(Slot::Serving(mount)) => {
                 let pinned = resolved.reference();
                 if mount.info.reference == pinned && mount.info.catalog == resolved.catalog_url {
-                    let info = MountInfo { already_mounted: true, ..mount.current_info() };
+                    let info = MountInfo {
+                        already_mounted: true,
+                        ..mount.current_info()
+                    };
                     return Ok(Place::AlreadyThere(Box::new(info)));
                 }
                 let offer = key.with_file_name(format!(
@@ -196,7 +249,10 @@ impl Agent {
             None => {
                 table.slots.insert(key.clone(), Slot::Pending);
                 self.recount(&table);
-                Ok(Place::Ours(Reserved { agent: Arc::clone(self), key }))
+                Ok(Place::Ours(Reserved {
+                    agent: Arc::clone(self),
+                    key,
+                }))
             }
         }
     }
@@ -210,11 +266,15 @@ impl Agent {
     ) -> Result<MountInfo, AgentError> {
         let point = MountPoint::prepare(&request.mount_point)?;
         let snapshot = Arc::new(snapshot);
-        let owner = Owner { uid: nix::unistd::geteuid().as_raw(), gid: nix::unistd::getegid().as_raw() };
+        let owner = Owner {
+            uid: nix::unistd::geteuid().as_raw(),
+            gid: nix::unistd::getegid().as_raw(),
+        };
         let reference = snapshot.resolved.reference();
         let mut options = MountOptions::new(point.path(), reference.to_string(), owner);
         options.io_mode = request.io_mode;
-        let mounted = fuse::mount(snapshot.file_system(&self.fetcher, owner), options, &handle).map_err(|source| AgentError::Mount {
+        let file_system = snapshot.file_system(&self.fetcher, owner, request.prefetch, &handle);
+        let mounted = fuse::mount(file_system, options, &handle).map_err(|source| AgentError::Mount {
             requested: request.reference.clone(),
             mount_point: point.path().to_owned(),
             source,
@@ -234,7 +294,11 @@ impl Agent {
             already_mounted: false,
         };
         tracing::info!(reference = %info.reference, mount_point = %point.path().display(), "mounted");
-        let mount = Arc::new(Mount { info, mounted, _snapshot: snapshot });
+        let mount = Arc::new(Mount {
+            info,
+            mounted,
+            _snapshot: snapshot,
+        });
         let info = mount.current_info();
         reserved.serve(mount, point, &handle);
         Ok(info)
@@ -246,7 +310,12 @@ impl Agent {
 
     pub fn mounts(&self) -> Vec<MountInfo> {
         let table = self.table.lock();
-        table.slots.values().filter_map(Slot::serving).map(|mount| mount.current_info()).collect()
+        table
+            .slots
+            .values()
+            .filter_map(Slot::serving)
+            .map(|mount| mount.current_info())
+            .collect()
     }
 
     pub fn info(&self) -> AgentInfo {
@@ -268,7 +337,14 @@ impl Agent {
     }
 
     pub async fn unmount(&self, request: UnmountRequest) -> Result<Vec<UnmountOutcome>, AgentError> {
-        let chosen = self.choose(&request.target)?;
+        let chosen = match (self.choose(&request.target), &request.target) {
+            (Err(error @ AgentError::NotMounted { .. }), UnmountTarget::MountPoint(path)) => {
+                return unmount_orphan(path, request.lazy)
+                    .map(|outcome| vec![outcome])
+                    .ok_or(error);
+            }
+            (chosen, _) => chosen?,
+        };
         let mut outcomes = Vec::with_capacity(chosen.len());
         for mount in chosen {
             outcomes.push(self.unmount_one(&mount, request.lazy).await);
@@ -281,9 +357,13 @@ impl Agent {
         let error = match tokio::task::spawn_blocking(move || mounted.unmount(lazy)).await {
             Ok(Ok(())) => {
                 // A lazily detached session ends when its last user goes: nothing to wait for.
-                if lazy { None } else { self.wait_until_gone(mount).await }
+                if lazy {
+                    None
+                } else {
+                    self.wait_until_gone(mount).await
+                }
             }
-            Ok(Err(error)) => Some(chain(&error)),
+            Ok(Err(error)) => Some(in_one_line(&error)),
             Err(error) => Some(error.to_string()),
         };
         UnmountOutcome {
@@ -297,7 +377,11 @@ impl Agent {
         let mut count = self.count.subscribe();
         let is_there = || {
             let table = self.table.lock();
-            table.slots.values().filter_map(Slot::serving).any(|other| Arc::ptr_eq(other, mount))
+            table
+                .slots
+                .values()
+                .filter_map(Slot::serving)
+                .any(|other| Arc::ptr_eq(other, mount))
         };
         let gone = async {
             while is_there() {
@@ -309,24 +393,41 @@ impl Agent {
         tokio::time::timeout(SESSION_END_DEADLINE, gone)
             .await
             .err()
-            .map(|_| format!("unmounted, but its session has not ended within {} s", SESSION_END_DEADLINE.as_secs()))
+            .map(|_| {
+                format!(
+                    "unmounted, but its session has not ended within {} s",
+                    SESSION_END_DEADLINE.as_secs()
+                )
+            })
     }
 
     fn choose(&self, target: &UnmountTarget) -> Result<Vec<Arc<Mount>>, AgentError> {
-        let mounts: Vec<Arc<Mount>> =
-            self.table.lock().slots.values().filter_map(Slot::serving).cloned().collect();
+        let mounts: Vec<Arc<Mount>> = self
+            .table
+            .lock()
+            .slots
+            .values()
+            .filter_map(Slot::serving)
+            .cloned()
+            .collect();
         let chosen: Vec<Arc<Mount>> = match target {
             UnmountTarget::All => return Ok(mounts),
-            UnmountTarget::MountPoint(path) => {
-                mounts.iter().filter(|mount| mount.info.mount_point == *path).cloned().collect()
-            }
+            UnmountTarget::MountPoint(path) => mounts
+                .iter()
+                .filter(|mount| mount.info.mount_point == *path)
+                .cloned()
+                .collect(),
             UnmountTarget::Reference { reference, user } => {
                 let reference: Reference = reference.parse()?;
                 let name = QualifiedName {
                     owner: reference.owner.clone().unwrap_or_else(|| user.clone()),
                     datastore: reference.datastore.clone(),
                 };
-                mounts.iter().filter(|mount| mount.is_of(&name, &reference)).cloned().collect()
+                mounts
+                    .iter()
+                    .filter(|mount| mount.is_of(&name, &reference))
+                    .cloned()
+                    .collect()
             }
         };
         if chosen.is_empty() {
@@ -339,8 +440,11 @@ impl Agent {
                 .iter()
                 .map(|mount| format!("{} at {}", mount.info.reference, mount.info.mount_point.display()))
                 .collect();
-            let mounted =
-                if there.is_empty() { "; nothing is".to_owned() } else { format!("; these are: {}", there.join(", ")) };
+            let mounted = if there.is_empty() {
+                "; nothing is".to_owned()
+            } else {
+                format!("; these are: {}", there.join(", "))
+            };
             return Err(AgentError::NotMounted { target, mounted });
         }
         Ok(chosen)
@@ -355,11 +459,25 @@ impl Agent {
         let _ = count.wait_for(|count| *count == 0).await;
     }
 
+    /// Refuses new mounts from now on, if nothing is mounted or being mounted.
+    pub fn stop_if_idle(&self) -> bool {
+        let mut table = self.table.lock();
+        let idle = table.slots.is_empty() && table.requests == 0;
+        table.stopping |= idle;
+        idle
+    }
+
     /// Refuses new mounts and unmounts everything: what is in use is detached, and goes with its last user.
     pub async fn shut_down(&self) {
         self.table.lock().stopping = true;
-        let mounts: Vec<Arc<Mount>> =
-            self.table.lock().slots.values().filter_map(Slot::serving).cloned().collect();
+        let mounts: Vec<Arc<Mount>> = self
+            .table
+            .lock()
+            .slots
+            .values()
+            .filter_map(Slot::serving)
+            .cloned()
+            .collect();
         for mount in mounts {
             let outcome = self.unmount_one(&mount, false).await;
             let Some(error) = outcome.error else { continue };
@@ -382,7 +500,10 @@ impl Mount {
             .map(|operation| (operation.name().to_owned(), counters.get(*operation)))
             .filter(|(_, count)| *count > 0)
             .collect();
-        MountInfo { requests, ..self.info.clone() }
+        MountInfo {
+            requests,
+            ..self.info.clone()
+        }
     }
 
     fn is_of(&self, name: &QualifiedName, reference: &Reference) -> bool {
@@ -392,7 +513,11 @@ impl Mount {
                 Latest => true,
                 Number(version) => self.info.reference.version == *version,
                 // An alias may have moved on since: what was typed decides.
-                Alias(_) => self.info.requested.parse::<Reference>().is_ok_and(|requested| requested.version == reference.version),
+                Alias(_) => self
+                    .info
+                    .requested
+                    .parse::<Reference>()
+                    .is_ok_and(|requested| requested.version == reference.version),
             }
     }
 }
@@ -421,7 +546,11 @@ impl Reserved {
     /// Enters the mount into the table, and takes it out when its session ends, however it ends.
     fn serve(self, mount: Arc<Mount>, point: MountPoint, runtime: &tokio::runtime::Handle) {
         let served = Arc::clone(&mount.mounted);
-        self.agent.table.lock().slots.insert(self.key.clone(), Slot::Serving(mount));
+        self.agent
+            .table
+            .lock()
+            .slots
+            .insert(self.key.clone(), Slot::Serving(mount));
         runtime.spawn(async move {
             let shown = point.path().display();
             match served.wait().await {
@@ -455,7 +584,9 @@ impl UnderWay {
         }
         table.requests += 1;
         agent.recount(&table);
-        Ok(Self { agent: Arc::clone(agent) })
+        Ok(Self {
+            agent: Arc::clone(agent),
+        })
     }
 }
 

@@ -33,15 +33,19 @@ impl FromStr for ByteSize {
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let error = || ByteSizeError(text.to_owned());
         let trimmed = text.trim();
-        let digits = trimmed.find(|c: char| !c.is_ascii_digit()).unwrap_or(trimmed.len());
+        let digits = trimmed
+            .find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(trimmed.len());
         let (number, unit) = trimmed.split_at(digits);
         let number: u64 = number.parse().map_err(|_| error())?;
         let unit = unit.trim_start();
         let factor = match unit {
             "" => 1,
-            unit => {
-                UNITS.iter().find(|(name, _)| name.eq_ignore_ascii_case(unit)).map(|(_, factor)| *factor).ok_or_else(error)?
-            }
+            unit => UNITS
+                .iter()
+                .find(|(name, _)| name.eq_ignore_ascii_case(unit))
+                .map(|(_, factor)| *factor)
+                .ok_or_else(error)?,
         };
         number.checked_mul(factor).map(Self).ok_or_else(error)
     }
@@ -49,7 +53,9 @@ impl FromStr for ByteSize {
 
 impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let unit = UNITS[..4].iter().find(|(_, factor)| self.0 != 0 && self.0.is_multiple_of(*factor));
+        let unit = UNITS[..4]
+            .iter()
+            .find(|(_, factor)| self.0 != 0 && self.0.is_multiple_of(*factor));
         match unit {
             Some((name, factor)) => write!(f, "{}{name}", self.0 / factor),
             None => write!(f, "{}", self.0),
@@ -77,9 +83,14 @@ mod tests {
 
     #[test]
     fn the_usual_ways_to_write_sizes() {
-        for (text, bytes) in
-            [("0", 0), ("10GiB", 10 << 30), ("10 gib", 10 << 30), ("500MB", 500_000_000), ("7B", 7), ("1KiB", 1024)]
-        {
+        for (text, bytes) in [
+            ("0", 0),
+            ("10GiB", 10 << 30),
+            ("10 gib", 10 << 30),
+            ("500MB", 500_000_000),
+            ("7B", 7),
+            ("1KiB", 1024),
+        ] {
             assert_eq!(text.parse(), Ok(ByteSize(bytes)), "{text}");
         }
         for bad in ["", "GiB", "-1", "1.5GiB", "10XB", "99999999999TiB"] {

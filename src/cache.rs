@@ -4,7 +4,7 @@
 //!
 //! `docs/cache.md` describes the directory and what survives what. The order of locks: an object's
 //! `lifecycle`, then its `state`; the policy's, the table's and the scan's locks are innermost, are
-//! never held together and never across a system call.
+//! never across a system call; of these only `evicting` and the policy's are held together, in that order.
 
 mod disk;
 mod epochs;
@@ -27,7 +27,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Weak,
-        atomic::{AtomicBool, AtomicU64, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     thread::JoinHandle,
 };
@@ -76,9 +76,7 @@ impl ObjectId {
     }
 
     fn from_hex(text: &str) -> Option<Self> {
-        text.parse::<Digest>()
-            .ok()
-            .map(|digest| Self(*digest.as_bytes()))
+        text.parse::<Digest>().ok().map(|digest| Self(*digest.as_bytes()))
     }
 }
 
@@ -122,10 +120,7 @@ pub enum CacheError {
     #[error("cannot use {dir} as a cache")]
     Directory { dir: PathBuf, source: io::Error },
     #[error("the cache failed {doing}")]
-    Io {
-        doing: &'static str,
-        source: io::Error,
-    },
+    Io { doing: &'static str, source: io::Error },
     #[error("no room in the cache: everything in it is in use")]
     Full,
     #[error("the disk has less free space than is to be left")]
@@ -201,6 +196,8 @@ struct Shared {
     trees: Trees,
     stop: AtomicBool,
     alarm: (Mutex<bool>, Condvar),
+    /// Evictions under way: who finds nothing to evict waits a moment for them.
+    evicting: (Mutex<usize>, Condvar),
 }
 
 pub struct Cache {
@@ -253,6 +250,7 @@ impl Cache {
             scan: Mutex::new(Scan::default()),
             stop: AtomicBool::new(false),
             alarm: (Mutex::new(false), Condvar::new()),
+            evicting: (Mutex::new(0), Condvar::new()),
             config,
         });
         let spawn = |name: &str, work: fn(&Arc<Shared>)| {
@@ -315,10 +313,7 @@ impl Cache {
 
     /// Checks every cached block against its checksum; damaged ones are absent from then on. Stops
     /// when `progress` says so.
-    pub fn scrub(
-        &self,
-        mut progress: impl FnMut(&ScrubProgress) -> ControlFlow<()>,
-    ) -> ScrubProgress {
+    pub fn scrub(&self, mut progress: impl FnMut(&ScrubProgress) -> ControlFlow<()>) -> ScrubProgress {
         let mut done = ScrubProgress::default();
         for id in self.shared.ids() {
             if let Some(object) = self.shared.held_or_on_disk(&id) {
@@ -349,7 +344,11 @@ impl Cache {
     pub fn tree_staging(&self, digest: &Digest) -> PathBuf {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        self.shared.config.dir.join("trees").join(format!(".incoming-{digest}-{number}"))
+        self.shared
+            .config
+            .dir
+            .join("trees")
+            .join(format!(".incoming-{digest}-{number}"))
     }
 
     /// A part that turned out damaged: it goes, unless somebody else holds it.
@@ -396,11 +395,7 @@ impl Drop for Cache {
                 tracing::error!("a cache thread panicked");
             }
         }
-        if let Err(error) = self
-            .shared
-            .settle()
-            .and_then(|()| recovery::save(&self.shared))
-        {
+        if let Err(error) = self.shared.settle().and_then(|()| recovery::save(&self.shared)) {
             tracing::warn!(%error, "the cache could not be closed cleanly; nothing is lost but order");
         }
     }

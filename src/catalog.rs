@@ -19,8 +19,7 @@ use crate::{
     digest::Digest,
     origin::{Deadlines, Store, StoreSettings, StoreUrl},
     reference::{
-        AliasName, DatastoreName, PinnedReference, QualifiedName, Reference, UserName,
-        VersionNumber,
+        AliasName, DatastoreName, PinnedReference, QualifiedName, Reference, UserName, VersionNumber,
     },
     tree::Totals,
 };
@@ -126,11 +125,7 @@ pub trait Catalog: Send + Sync {
     async fn record(&self, reference: &PinnedReference) -> Result<Record, CatalogError>;
     async fn aliases(&self, name: &QualifiedName) -> Result<Vec<Alias>, CatalogError>;
     async fn set_alias(&self, name: &QualifiedName, alias: &Alias) -> Result<(), CatalogError>;
-    async fn remove_alias(
-        &self,
-        name: &QualifiedName,
-        alias: &AliasName,
-    ) -> Result<(), CatalogError>;
+    async fn remove_alias(&self, name: &QualifiedName, alias: &AliasName) -> Result<(), CatalogError>;
     /// Gives the draft the next free version number; two publishers never get the same one.
     async fn publish(&self, draft: Draft) -> Result<Record, CatalogError>;
     /// Resolved once: owner `None` is `me`; latest and aliases become a number.

@@ -19,6 +19,7 @@ use self::file::FileSettings;
 use crate::{
     bytesize::{ByteSize, ByteSizeError},
     origin::{OriginError, StoreUrl},
+    prefetch_policy::PrefetchPolicy,
     reference::UserName,
 };
 
@@ -26,7 +27,7 @@ pub const HOST_FILE: &str = "/etc/grid-mount/config.toml";
 
 /// Every setting, as named in files. `GRID_MOUNT_` and the upper-case name is the environment's name,
 /// `--` and the name with hyphens the flag's.
-pub const KEYS: [&str; 8] = [
+pub const KEYS: [&str; 9] = [
     "catalog",
     "user",
     "cache_dir",
@@ -35,6 +36,7 @@ pub const KEYS: [&str; 8] = [
     "memory_limit",
     "connections",
     "read_deadline",
+    "prefetch",
 ];
 
 #[derive(Debug, thiserror::Error)]
@@ -47,7 +49,11 @@ pub enum ConfigError {
         source: io::Error,
     },
     #[error("{path}:{line}: {message}")]
-    File { path: PathBuf, line: usize, message: String },
+    File {
+        path: PathBuf,
+        line: usize,
+        message: String,
+    },
     #[error("{source_of}: {message}")]
     Value { source_of: Source, message: String },
     #[error("there is no home directory to keep things in: set HOME, or name --catalog and --cache-dir")]
@@ -108,11 +114,14 @@ impl FromStr for DiskShare {
         match text.trim().strip_suffix('%') {
             Some(percent) => match percent.trim().parse::<u8>() {
                 Ok(percent) if percent <= 100 => Ok(Self::Percent(percent)),
-                _ => Err(format!("{text:?} is not a share of a disk: write 0% to 100%, or 10GiB")),
+                _ => Err(format!(
+                    "{text:?} is not a share of a disk: write 0% to 100%, or 10GiB"
+                )),
             },
-            None => {
-                text.parse().map(Self::Bytes).map_err(|error: ByteSizeError| format!("{error}, or a share of the disk: 20%"))
-            }
+            None => text
+                .parse()
+                .map(Self::Bytes)
+                .map_err(|error: ByteSizeError| format!("{error}, or a share of the disk: 20%")),
         }
     }
 }
@@ -142,6 +151,8 @@ pub struct Settings {
     pub connections: Sourced<u16>,
     /// No reader waits longer.
     pub read_deadline: Sourced<Duration>,
+    /// What a mount fetches on its own account.
+    pub prefetch: Sourced<PrefetchPolicy>,
 }
 
 /// One line of `grid-mount config`.
@@ -167,16 +178,25 @@ pub struct Inputs {
 
 impl Inputs {
     fn variable(&self, name: &str) -> Option<&str> {
-        self.environment.get(name).map(String::as_str).filter(|value| !value.is_empty())
+        self.environment
+            .get(name)
+            .map(String::as_str)
+            .filter(|value| !value.is_empty())
     }
 
     fn home(&self) -> Option<&Path> {
-        self.variable("HOME").map(Path::new).filter(|home| home.is_absolute())
+        self.variable("HOME")
+            .map(Path::new)
+            .filter(|home| home.is_absolute())
     }
 
     /// A directory of the XDG specification, or its place below the home directory.
     fn xdg(&self, variable: &str, below_home: &str) -> Option<PathBuf> {
-        match self.variable(variable).map(PathBuf::from).filter(|dir| dir.is_absolute()) {
+        match self
+            .variable(variable)
+            .map(PathBuf::from)
+            .filter(|dir| dir.is_absolute())
+        {
             Some(dir) => Some(dir),
             None => Some(self.home()?.join(below_home)),
         }
@@ -184,7 +204,10 @@ impl Inputs {
 
     /// `~/.config/grid-mount/config.toml`
     pub fn user_file(&self) -> Option<PathBuf> {
-        Some(self.xdg("XDG_CONFIG_HOME", ".config")?.join("grid-mount/config.toml"))
+        Some(
+            self.xdg("XDG_CONFIG_HOME", ".config")?
+                .join("grid-mount/config.toml"),
+        )
     }
 }
 
@@ -208,7 +231,13 @@ impl Layers<'_> {
         }
         self.files.iter().find_map(|file| {
             let (value, line) = file.values.get(key)?;
-            Some((value.clone(), Source::File { path: file.path.clone(), line: *line }))
+            Some((
+                value.clone(),
+                Source::File {
+                    path: file.path.clone(),
+                    line: *line,
+                },
+            ))
         })
     }
 
@@ -219,7 +248,10 @@ impl Layers<'_> {
         default: impl FnOnce() -> Result<T, ConfigError>,
     ) -> Result<Sourced<T>, ConfigError> {
         match self.raw(key) {
-            None => Ok(Sourced { value: default()?, source: Source::Default }),
+            None => Ok(Sourced {
+                value: default()?,
+                source: Source::Default,
+            }),
             Some((text, source)) => match parse(&text) {
                 Ok(value) => Ok(Sourced { value, source }),
                 Err(error) => {
@@ -242,7 +274,10 @@ impl Settings {
     /// An unreadable file, an unknown key, a value that does not parse: with file and line, or the name of
     /// the flag or variable.
     pub fn load(inputs: &Inputs) -> Result<Self, ConfigError> {
-        let host_file = inputs.host_file.clone().unwrap_or_else(|| PathBuf::from(HOST_FILE));
+        let host_file = inputs
+            .host_file
+            .clone()
+            .unwrap_or_else(|| PathBuf::from(HOST_FILE));
         let mut files = Vec::new();
         for path in inputs.user_file().into_iter().chain([host_file]) {
             files.extend(FileSettings::read(&path)?);
@@ -253,10 +288,12 @@ impl Settings {
             catalog: layers.get("catalog", str::parse, || {
                 let dir = home(inputs.xdg("XDG_DATA_HOME", ".local/share"))?.join("grid-mount/catalog");
                 let url = url::Url::from_directory_path(&dir).map_err(|()| ConfigError::NoHome)?;
-                url.as_str().parse().map_err(|error: OriginError| ConfigError::Value {
-                    source_of: Source::Default,
-                    message: error.to_string(),
-                })
+                url.as_str()
+                    .parse()
+                    .map_err(|error: OriginError| ConfigError::Value {
+                        source_of: Source::Default,
+                        message: error.to_string(),
+                    })
             })?,
             user: layers.get("user", str::parse, || {
                 let login = inputs.login.as_deref().ok_or(ConfigError::NoUser)?;
@@ -274,16 +311,23 @@ impl Settings {
             memory_limit: layers.get("memory_limit", str::parse, || Ok(ByteSize(512 << 20)))?,
             connections: layers.get("connections", connections, || Ok(64))?,
             read_deadline: layers.get("read_deadline", seconds, || Ok(Duration::from_secs(60)))?,
+            prefetch: layers.get("prefetch", str::parse, || Ok(PrefetchPolicy::Auto))?,
         })
     }
 
     /// Every setting with its value and source, in the order of [`KEYS`].
     pub fn explain(&self) -> Vec<Explained> {
         fn line<T: fmt::Display>(key: &'static str, sourced: &Sourced<T>) -> Explained {
-            Explained { key, value: sourced.value.to_string(), source: sourced.source.to_string() }
+            Explained {
+                key,
+                value: sourced.value.to_string(),
+                source: sourced.source.to_string(),
+            }
         }
-        let cache_dir =
-            Sourced { value: self.cache_dir.value.display(), source: self.cache_dir.source.clone() };
+        let cache_dir = Sourced {
+            value: self.cache_dir.value.display(),
+            source: self.cache_dir.source.clone(),
+        };
         let read_deadline = Sourced {
             value: format!("{}s", self.read_deadline.value.as_secs()),
             source: self.read_deadline.source.clone(),
@@ -297,6 +341,7 @@ impl Settings {
             line("memory_limit", &self.memory_limit),
             line("connections", &self.connections),
             line("read_deadline", &read_deadline),
+            line("prefetch", &self.prefetch),
         ]
     }
 }
@@ -308,7 +353,9 @@ fn absolute(text: &str) -> Result<PathBuf, String> {
 fn connections(text: &str) -> Result<u16, String> {
     match text.trim().parse() {
         Ok(count @ 1..=1024) => Ok(count),
-        _ => Err(format!("{text:?} is not a number of connections: write 1 to 1024")),
+        _ => Err(format!(
+            "{text:?} is not a number of connections: write 1 to 1024"
+        )),
     }
 }
 
@@ -318,14 +365,6 @@ fn seconds(text: &str) -> Result<Duration, String> {
         Ok(seconds @ 1..=3600) => Ok(Duration::from_secs(seconds)),
         _ => Err(format!("{text:?} is not a number of seconds: write 1s to 3600s")),
     }
-}
-
-/// The variables of the object-store ecosystems, as they are.
-pub fn store_variables(
-    environment: impl IntoIterator<Item = (String, String)>,
-) -> impl Iterator<Item = (String, String)> {
-    const PREFIXES: [&str; 3] = ["AWS_", "GOOGLE_", "AZURE_"];
-    environment.into_iter().filter(|(name, _)| PREFIXES.iter().any(|prefix| name.starts_with(prefix)))
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 //! Owns single-flight, coalescing, priorities, readahead, warm-up, retries and the memory budget.
 //! Must not know FUSE or trees.
 
+mod buffers;
 mod job;
 mod pool;
 mod readahead;
@@ -26,6 +27,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Semaphore, watch};
 
 use self::{
+    buffers::Buffers,
     job::Job,
     pool::{Pool, Urgency},
     recent::Recent,
@@ -114,33 +116,30 @@ pub struct Fetcher {
     low_memory: Arc<Semaphore>,
     recent: Recent,
     fills: Option<SyncSender<Fill>>,
+    buffers: Arc<Buffers>,
     tally: Arc<Tally>,
     latency: job::Latency,
 }
 
 impl Fetcher {
-    pub fn new(
-        config: FetchConfig,
-        cache: Option<Arc<Cache>>,
-        runtime: tokio::runtime::Handle,
-    ) -> Arc<Self> {
-        // Half of the memory for what is in flight, a quarter for what just arrived; the queue to the
+    pub fn new(config: FetchConfig, cache: Option<Arc<Cache>>, runtime: tokio::runtime::Handle) -> Arc<Self> {
+        // Half of the memory for what is in flight, three eighths for what just arrived; the queue to the
         // cache shares its bytes with the latter.
-        let blocks =
-            usize::try_from(config.memory_limit / 2 / BLOCK_SIZE).unwrap_or(usize::MAX >> 4);
+        let blocks = usize::try_from(config.memory_limit / 2 / BLOCK_SIZE).unwrap_or(usize::MAX >> 4);
         let blocks = blocks.clamp(2 * BLOCKS_PER_EXTENT as usize, Semaphore::MAX_PERMITS);
         let tally = Arc::new(Tally::default());
         let fills = cache.as_ref().and_then(|_| start_fill_threads(&tally));
         Arc::new(Self {
-            recent: Recent::new(config.memory_limit / 4),
+            recent: Recent::new(config.memory_limit / 8 * 3),
             config,
             cache,
             runtime,
             objects: Mutex::default(),
             pools: Mutex::default(),
             memory: Arc::new(Semaphore::new(blocks)),
-            low_memory: Arc::new(Semaphore::new(blocks / 2)),
+            low_memory: Arc::new(Semaphore::new(blocks / 4 * 3)),
             fills,
+            buffers: Arc::default(),
             tally,
             latency: job::Latency::default(),
         })
@@ -158,10 +157,7 @@ impl Fetcher {
         }
         drop(objects);
         // The cache may touch the disk: not under the lock. Whoever comes second takes the first's.
-        let cached = self
-            .cache
-            .as_ref()
-            .map(|cache| cache.object(id, source.size));
+        let cached = self.cache.as_ref().map(|cache| cache.object(id, source.size));
         let pool = Arc::clone(
             self.pools
                 .lock()
@@ -186,21 +182,13 @@ impl Fetcher {
 
     /// The hit path: `Some` when every byte is in the cache (or has just arrived). No await, no task, no
     /// lock held across I/O. `buf` is replaced by exactly the bytes of `range` within the object.
-    pub fn read_cached(
-        &self,
-        object: &FetchObject,
-        range: Range<u64>,
-        buf: &mut Vec<u8>,
-    ) -> Option<()> {
+    pub fn read_cached(&self, object: &FetchObject, range: Range<u64>, buf: &mut Vec<u8>) -> Option<()> {
         let range = object.clip(&range);
         buf.clear();
         let blocks = blocks_covering(&range);
         if let Some(cached) = &object.cached {
             buf.resize(usize::try_from(range.end - range.start).ok()?, 0);
-            if cached
-                .read(range.start, buf, Purpose::Reader)
-                .unwrap_or(false)
-            {
+            if cached.read(range.start, buf, Purpose::Reader).unwrap_or(false) {
                 self.count_hit(object, &range, &blocks);
                 return Some(());
             }
@@ -244,7 +232,7 @@ impl Fetcher {
         let wanted: Vec<u64> = blocks.clone().collect();
         let mut arrivals = self.start(object, &wanted, Priority::Waited);
         self.mark_read(object, &blocks);
-        let mut whole = BytesMut::new();
+        let mut whole = BytesMut::with_capacity(usize::try_from(range.end - range.start).unwrap_or(0));
         for block in blocks.clone() {
             let bytes = match arrivals.remove(&block) {
                 Some(Started::Here(bytes)) => bytes,
@@ -273,22 +261,13 @@ impl Fetcher {
         block: u64,
     ) -> Result<Bytes, FetchError> {
         if let Some(cached) = &object.cached {
-            let (cached, range) = (
-                Arc::clone(cached),
-                BlockNo(block).byte_range(object.source.size),
-            );
+            let (cached, range) = (Arc::clone(cached), BlockNo(block).byte_range(object.source.size));
             let read = self.runtime.spawn_blocking(move || {
                 let mut bytes = vec![0; usize::try_from(range.end - range.start).unwrap_or(0)];
-                matches!(
-                    cached.read(range.start, &mut bytes, Purpose::Reader),
-                    Ok(true)
-                )
-                .then_some(bytes)
+                matches!(cached.read(range.start, &mut bytes, Purpose::Reader), Ok(true)).then_some(bytes)
             });
             if let Ok(Some(bytes)) = read.await {
-                self.tally
-                    .cache_bytes
-                    .fetch_add(bytes.len() as u64, Relaxed);
+                self.tally.cache_bytes.fetch_add(bytes.len() as u64, Relaxed);
                 return Ok(bytes.into());
             }
         }
@@ -353,14 +332,18 @@ impl Fetcher {
                     new.push(block);
                 }
             }
-            // A waiting reader's request is spread over all connections; what is fetched ahead goes in
-            // larger pieces, which waste less of each connection on waiting for first bytes.
-            let spread = match priority {
-                Priority::Waited => self.config.connections,
-                Priority::Readahead => self.config.connections / 4,
-                Priority::WarmUp => 1,
+            // A waiting reader's request is spread over all connections. What is fetched ahead goes in larger
+            // pieces, which waste less of each connection on waiting for first bytes: as large as the largest
+            // window has room for on all connections.
+            let connections = self.config.connections as u64;
+            let most = match priority {
+                Priority::Waited => readahead::piece_size(new.len() as u64, connections),
+                Priority::Readahead => readahead::piece_size(new.len() as u64, 4).min(readahead::piece_size(
+                    self.largest_window() / BLOCK_SIZE,
+                    connections,
+                )),
+                Priority::WarmUp => BLOCKS_PER_EXTENT,
             };
-            let most = readahead::piece_size(new.len() as u64, spread as u64);
             for run in runs(&new) {
                 for piece in readahead::pieces(run, most) {
                     let urgency = Arc::new(Urgency::new(priority));
@@ -408,22 +391,53 @@ impl Fetcher {
         range: Range<u64>,
         window: Range<u64>,
     ) {
-        // Without room to keep it, what is fetched ahead would be fetched twice.
-        let largest = self.config.max_readahead.min(self.config.memory_limit / 8);
-        for ahead in streams.advise(&range, &object.clip(&window), largest) {
+        for ahead in streams.advise(&range, &object.clip(&window), self.largest_window()) {
             let wanted: Vec<u64> = blocks_covering(&ahead).collect();
-            let started = self.start(object, &wanted, Priority::Readahead);
-            let fresh = started
-                .iter()
-                .filter(|(_, started)| matches!(started, Started::Coming(_)))
-                .map(|(block, _)| *block);
-            let mut unread = object.unread.lock();
-            for block in fresh {
-                if unread.len() < MOST_UNREAD && unread.insert(block) {
-                    self.tally.readahead_blocks.fetch_add(1, Relaxed);
-                }
+            self.fetch_ahead(object, &wanted);
+        }
+    }
+
+    /// Told that a small file, `file` of the object, is wanted where many others are: it and its neighbours
+    /// in the same extent are fetched, the file first. Nothing happens while there is much to fetch already.
+    pub fn advise_neighbours(self: &Arc<Self>, object: &Arc<FetchObject>, file: Range<u64>) {
+        let own = blocks_covering(&object.clip(&file));
+        let extent = own.start / BLOCKS_PER_EXTENT;
+        let end = ((extent + 1) * BLOCKS_PER_EXTENT).min(block_count(object.source.size));
+        if self.low_memory.available_permits() < BLOCKS_PER_EXTENT as usize || own.is_empty() {
+            return;
+        }
+        let neighbours: Vec<u64> = (extent * BLOCKS_PER_EXTENT..end)
+            .filter(|block| !own.contains(block))
+            .collect();
+        let own: Vec<u64> = own.collect();
+        self.start(object, &own, Priority::Waited);
+        self.fetch_ahead(object, &neighbours);
+    }
+
+    fn fetch_ahead(self: &Arc<Self>, object: &Arc<FetchObject>, wanted: &[u64]) {
+        let started = self.start(object, wanted, Priority::Readahead);
+        let mut unread = object.unread.lock();
+        for (block, started) in started {
+            if matches!(started, Started::Coming(_)) && unread.len() < MOST_UNREAD && unread.insert(block) {
+                self.tally.readahead_blocks.fetch_add(1, Relaxed);
             }
         }
+    }
+
+    /// Without room to keep it, what is fetched ahead would be fetched twice: less than what `recent` holds.
+    fn largest_window(&self) -> u64 {
+        self.config.max_readahead.min(self.config.memory_limit / 4)
+    }
+
+    /// How many bytes the cache can still take without evicting; 0 without a cache.
+    pub fn cache_room(&self) -> u64 {
+        self.cache.as_ref().map_or(0, |cache| {
+            let usage = cache.usage();
+            if usage.degraded.is_some() {
+                return 0;
+            }
+            usage.max_bytes.saturating_sub(usage.allocated_bytes)
+        })
     }
 
     /// Brings a range into the cache, at a priority; ends when it is there (or recently was).
@@ -464,9 +478,7 @@ impl Fetcher {
 
     fn count_hit(&self, object: &FetchObject, range: &Range<u64>, blocks: &Range<u64>) {
         self.tally.hits.fetch_add(1, Relaxed);
-        self.tally
-            .cache_bytes
-            .fetch_add(range.end - range.start, Relaxed);
+        self.tally.cache_bytes.fetch_add(range.end - range.start, Relaxed);
         self.mark_read(object, blocks);
     }
 
@@ -555,10 +567,7 @@ fn runs(blocks: &[u64]) -> Vec<Range<u64>> {
     let mut runs: Vec<Range<u64>> = Vec::new();
     for &block in blocks {
         match runs.last_mut() {
-            Some(run)
-                if run.end == block
-                    && run.start / BLOCKS_PER_EXTENT == block / BLOCKS_PER_EXTENT =>
-            {
+            Some(run) if run.end == block && run.start / BLOCKS_PER_EXTENT == block / BLOCKS_PER_EXTENT => {
                 run.end += 1
             }
             _ => runs.push(block..block + 1),
@@ -571,9 +580,7 @@ fn runs(blocks: &[u64]) -> Vec<Range<u64>> {
 fn part_range(length: usize, block: u64, range: &Range<u64>) -> Option<Range<usize>> {
     let start = block * BLOCK_SIZE;
     let from = usize::try_from(range.start.saturating_sub(start)).ok()?;
-    let to = usize::try_from(range.end.saturating_sub(start))
-        .ok()?
-        .min(length);
+    let to = usize::try_from(range.end.saturating_sub(start)).ok()?.min(length);
     (from <= to).then_some(from..to)
 }
 

@@ -22,7 +22,6 @@ use object_store::{
     GetOptions, GetRange, ObjectStoreExt as _, PutMode, PutOptions, WriteMultipart,
     list::PaginatedListOptions,
 };
-use serde::{Deserialize, Serialize};
 
 pub use crate::pin::Pin;
 
@@ -75,7 +74,6 @@ impl Deadlines {
         }
     }
 }
-
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ObjectInfo {
@@ -157,11 +155,7 @@ impl Store {
                 (
                     Backend::Remote(remote),
                     place,
-                    if prefix.is_empty() {
-                        prefix
-                    } else {
-                        prefix + "/"
-                    },
+                    if prefix.is_empty() { prefix } else { prefix + "/" },
                 )
             }
         };
@@ -265,22 +259,20 @@ impl Store {
                 store,
                 source: Some(error.into()),
             },
-            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
-                OriginError::NotFound { store, key }
-            }
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => OriginError::NotFound { store, key },
             io::ErrorKind::PermissionDenied => OriginError::Denied {
                 store,
                 key,
                 source: Some(error.into()),
             },
-            io::ErrorKind::ReadOnlyFilesystem
-            | io::ErrorKind::StorageFull
-            | io::ErrorKind::QuotaExceeded => OriginError::ReadOnly {
-                store,
-                key,
-                reason: error.to_string(),
-                source: Some(error.into()),
-            },
+            io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                OriginError::ReadOnly {
+                    store,
+                    key,
+                    reason: error.to_string(),
+                    source: Some(error.into()),
+                }
+            }
             // A symlink that leads out of the root.
             io::ErrorKind::CrossesDevices => OriginError::Denied {
                 store,
@@ -407,19 +399,17 @@ impl Store {
     ) -> BoxStream<'static, Result<Bytes, OriginError>> {
         let (store, key) = (self.clone(), key.to_owned());
         stream::try_unfold(range.start, move |offset| {
-            let (store, key, file, end) =
-                (store.clone(), key.clone(), Arc::clone(&file), range.end);
+            let (store, key, file, end) = (store.clone(), key.clone(), Arc::clone(&file), range.end);
             async move {
                 if offset >= end {
                     return Ok(None);
                 }
                 let length = usize::try_from((end - offset).min(LOCAL_CHUNK)).unwrap_or(usize::MAX);
-                let bytes =
-                    tokio::task::spawn_blocking(move || local::read_at(&file, offset, length))
-                        .await
-                        .map_err(io::Error::other)
-                        .flatten()
-                        .map_err(|error| store.local_error(&key, error, false))?;
+                let bytes = tokio::task::spawn_blocking(move || local::read_at(&file, offset, length))
+                    .await
+                    .map_err(io::Error::other)
+                    .flatten()
+                    .map_err(|error| store.local_error(&key, error, false))?;
                 if bytes.is_empty() {
                     return Ok(None);
                 }
@@ -464,15 +454,15 @@ impl Store {
                         Ok(Some((bytes, Some((body, got)))))
                     }
                     // A connection that breaks in the middle of a body is a truncated answer.
-                    Some(Err(
-                        OriginError::Transient { source, .. } | OriginError::Other { source, .. },
-                    )) => Err(OriginError::Truncated {
-                        store,
-                        key,
-                        expected,
-                        got,
-                        source,
-                    }),
+                    Some(Err(OriginError::Transient { source, .. } | OriginError::Other { source, .. })) => {
+                        Err(OriginError::Truncated {
+                            store,
+                            key,
+                            expected,
+                            got,
+                            source,
+                        })
+                    }
                     Some(Err(error)) => Err(error),
                     None if got < expected => Err(OriginError::Truncated {
                         store,
@@ -584,10 +574,7 @@ impl Store {
     pub async fn put(&self, key: &str, bytes: Bytes) -> Result<(), OriginError> {
         self.checked(key)?;
         let (wanted, payload) = (key.to_owned(), bytes.clone());
-        if let Some(done) = self
-            .local(key, move |store| store.put(&wanted, &payload))
-            .await
-        {
+        if let Some(done) = self.local(key, move |store| store.put(&wanted, &payload)).await {
             return done;
         }
         let Backend::Remote(remote) = &self.inner.backend else {
@@ -624,13 +611,11 @@ impl Store {
                 Ok(PutOutcome::AlreadyExists)
             }
             // 409: another conditional put of this key is being decided; the caller reads back or tries again.
-            Err((object_store::Error::AlreadyExists { source, .. }, _)) => {
-                Err(OriginError::Transient {
-                    store: self.inner.shown.clone(),
-                    key: key.to_owned(),
-                    source: Some(source),
-                })
-            }
+            Err((object_store::Error::AlreadyExists { source, .. }, _)) => Err(OriginError::Transient {
+                store: self.inner.shown.clone(),
+                key: key.to_owned(),
+                source: Some(source),
+            }),
             Err((error, seen)) => match self.place(key).error(error, &seen) {
                 OriginError::Unsupported { store, source, .. } => Err(OriginError::Unsupported {
                     store,
@@ -703,10 +688,8 @@ impl Store {
             .await
             .map_err(|(error, seen)| place.error(error, &seen))?;
         let part = PART.max(size.div_ceil(MOST_PARTS));
-        let mut upload = WriteMultipart::new_with_chunk_size(
-            upload,
-            usize::try_from(part).unwrap_or(usize::MAX),
-        );
+        let mut upload =
+            WriteMultipart::new_with_chunk_size(upload, usize::try_from(part).unwrap_or(usize::MAX));
         // Parts are sent by tasks of their own, out of sight of `observed`: their errors tell less.
         let mut got = 0;
         let failed = loop {
@@ -762,10 +745,7 @@ impl Store {
             Backend::Remote(_) => self
                 .pages(prefix, after, false)
                 .map_ok(move |page| {
-                    let objects = page
-                        .objects
-                        .into_iter()
-                        .filter(|object| !object.key.is_empty());
+                    let objects = page.objects.into_iter().filter(|object| !object.key.is_empty());
                     stream::iter(objects.map(Ok).collect::<Vec<_>>())
                 })
                 .try_flatten()
@@ -801,11 +781,10 @@ impl Store {
                                 continue;
                             }
                             let wanted = key.clone();
-                            let level =
-                                match store.local(&key, move |local| local.level(&wanted)).await {
-                                    Some(level) => level?,
-                                    None => return Err(store.elsewhere(&key)),
-                                };
+                            let level = match store.local(&key, move |local| local.level(&wanted)).await {
+                                Some(level) => level?,
+                                None => return Err(store.elsewhere(&key)),
+                            };
                             for entry in level.into_iter().rev() {
                                 queue.push_front(entry);
                             }
@@ -827,79 +806,65 @@ impl Store {
         let full = format!("{}{prefix}", self.inner.prefix);
         let offset = after.map(|after| format!("{}{after}", self.inner.prefix));
         let prefix = prefix.to_owned();
-        stream::try_unfold(
-            (self.clone(), Some(None::<String>)),
-            move |(store, state)| {
-                let (full, offset, prefix) = (full.clone(), offset.clone(), prefix.clone());
-                async move {
-                    let Some(token) = state else { return Ok(None) };
-                    let lister = match &store.inner.backend {
-                        Backend::Remote(Remote {
-                            lister: Some(lister),
-                            ..
-                        }) => Arc::clone(lister),
-                        _ => {
-                            return Err(OriginError::Unsupported {
-                                store: store.inner.shown.clone(),
-                                what: "listing; use s3://, gs://, az:// or file://",
-                                source: None,
+        stream::try_unfold((self.clone(), Some(None::<String>)), move |(store, state)| {
+            let (full, offset, prefix) = (full.clone(), offset.clone(), prefix.clone());
+            async move {
+                let Some(token) = state else { return Ok(None) };
+                let lister = match &store.inner.backend {
+                    Backend::Remote(Remote {
+                        lister: Some(lister), ..
+                    }) => Arc::clone(lister),
+                    _ => {
+                        return Err(OriginError::Unsupported {
+                            store: store.inner.shown.clone(),
+                            what: "listing; use s3://, gs://, az:// or file://",
+                            source: None,
+                        });
+                    }
+                };
+                let options = PaginatedListOptions {
+                    // A page token already knows where it goes on.
+                    offset: if token.is_none() { offset.clone() } else { None },
+                    delimiter: delimited.then_some("/".into()),
+                    page_token: token,
+                    ..PaginatedListOptions::default()
+                };
+                let prefix_option = (!full.is_empty()).then_some(full.as_str());
+                let page = observed(true, lister.list_paginated(prefix_option, options))
+                    .await
+                    .map_err(|(error, seen)| match store.place(&prefix).error(error, &seen) {
+                        OriginError::NotFound { store, .. } => OriginError::NoBucket { store, source: None },
+                        error => error,
+                    })?;
+                let relative = |escaped: &str| {
+                    unescape_key(escaped)
+                        .strip_prefix(&store.inner.prefix)
+                        .map(str::to_owned)
+                };
+                let level = Level {
+                    prefixes: page
+                        .result
+                        .common_prefixes
+                        .iter()
+                        .filter_map(|path| relative(path.as_ref()))
+                        .collect(),
+                    objects: page
+                        .result
+                        .objects
+                        .iter()
+                        .filter_map(|meta| {
+                            let key = relative(meta.location.as_ref())?;
+                            // Not every store heeds the offset.
+                            let wanted = offset.as_ref().is_none_or(|offset| {
+                                format!("{}{key}", store.inner.prefix).as_str() > offset.as_str()
                             });
-                        }
-                    };
-                    let options = PaginatedListOptions {
-                        // A page token already knows where it goes on.
-                        offset: if token.is_none() {
-                            offset.clone()
-                        } else {
-                            None
-                        },
-                        delimiter: delimited.then_some("/".into()),
-                        page_token: token,
-                        ..PaginatedListOptions::default()
-                    };
-                    let prefix_option = (!full.is_empty()).then_some(full.as_str());
-                    let page = observed(true, lister.list_paginated(prefix_option, options))
-                        .await
-                        .map_err(|(error, seen)| {
-                            match store.place(&prefix).error(error, &seen) {
-                                OriginError::NotFound { store, .. } => OriginError::NoBucket {
-                                    store,
-                                    source: None,
-                                },
-                                error => error,
-                            }
-                        })?;
-                    let relative = |escaped: &str| {
-                        unescape_key(escaped)
-                            .strip_prefix(&store.inner.prefix)
-                            .map(str::to_owned)
-                    };
-                    let level = Level {
-                        prefixes: page
-                            .result
-                            .common_prefixes
-                            .iter()
-                            .filter_map(|path| relative(path.as_ref()))
-                            .collect(),
-                        objects: page
-                            .result
-                            .objects
-                            .iter()
-                            .filter_map(|meta| {
-                                let key = relative(meta.location.as_ref())?;
-                                // Not every store heeds the offset.
-                                let wanted = offset.as_ref().is_none_or(|offset| {
-                                    format!("{}{key}", store.inner.prefix).as_str()
-                                        > offset.as_str()
-                                });
-                                wanted.then(|| store.remote_info(key, meta))
-                            })
-                            .collect(),
-                    };
-                    Ok(Some((level, (store, page.page_token.map(Some)))))
-                }
-            },
-        )
+                            wanted.then(|| store.remote_info(key, meta))
+                        })
+                        .collect(),
+                };
+                Ok(Some((level, (store, page.page_token.map(Some)))))
+            }
+        })
         .boxed()
     }
 

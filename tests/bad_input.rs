@@ -69,7 +69,14 @@ fn what_does_not_exist_is_told_apart() {
 #[test]
 fn a_reference_that_is_none_points_at_the_place() {
     let sandbox = with_photos();
-    for reference in ["alice:photos/0", "alice:", ":photos", "a/b/c", "alice:photos/01", "../x"] {
+    for reference in [
+        "alice:photos/0",
+        "alice:",
+        ":photos",
+        "a/b/c",
+        "alice:photos/01",
+        "../x",
+    ] {
         let said = sandbox.fails(2, &["mount", reference, sandbox.path("mnt/p").to_str().unwrap()]);
         says(&said, &["column"]);
     }
@@ -90,18 +97,28 @@ fn mount_points_that_cannot_be_are_refused() {
     let sandbox = with_photos();
     let file = sandbox.path("mnt/file");
     fs::write(&file, "x").unwrap();
-    says(&sandbox.fails(1, &["photos", file.to_str().unwrap()]), &["not a directory"]);
+    says(
+        &sandbox.fails(1, &["photos", file.to_str().unwrap()]),
+        &["not a directory"],
+    );
     let full = sandbox.path("mnt/full");
     fs::create_dir(&full).unwrap();
     fs::write(full.join("x"), "x").unwrap();
-    says(&sandbox.fails(1, &["photos", full.to_str().unwrap()]), &["not empty"]);
+    says(
+        &sandbox.fails(1, &["photos", full.to_str().unwrap()]),
+        &["not empty"],
+    );
     assert_eq!(fs::read(&file).unwrap(), b"x");
     nothing_is_left(&sandbox);
 }
 
 #[test]
 fn endpoints_keys_and_buckets() {
-    let free_port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let free_port = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
     let sandbox = Sandbox::new()
         .env("AWS_ENDPOINT_URL", &format!("http://127.0.0.1:{free_port}"))
         .env("AWS_ACCESS_KEY_ID", "key")
@@ -124,7 +141,11 @@ fn files_below(dir: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
-        if path.is_dir() { found.extend(files_below(&path)) } else { found.push(path) }
+        if path.is_dir() {
+            found.extend(files_below(&path))
+        } else {
+            found.push(path)
+        }
     }
     found.sort();
     found
@@ -144,7 +165,10 @@ fn flipped_bits_in_records_and_trees_are_noticed() {
             let point = sandbox.path("mnt/point");
             let mut failures = 0;
             for version in ["alice:photos/1", "alice:photos/2"] {
-                let output = sandbox.grid(&[version, point.to_str().unwrap()]).output().unwrap();
+                let output = sandbox
+                    .grid(&[version, point.to_str().unwrap()])
+                    .output()
+                    .unwrap();
                 if output.status.success() {
                     sandbox.ok(&["unmount", "--all"]);
                 } else {
@@ -154,7 +178,11 @@ fn flipped_bits_in_records_and_trees_are_noticed() {
                 assert!(sandbox.mounts().is_empty());
             }
             let is_read_by_mounts = part == "records" || file.to_string_lossy().contains("rows");
-            assert!(failures > 0 || !is_read_by_mounts, "{} can be damaged unnoticed", file.display());
+            assert!(
+                failures > 0 || !is_read_by_mounts,
+                "{} can be damaged unnoticed",
+                file.display()
+            );
             fs::write(&file, sound).unwrap();
             // The cache may hold the sound tree from now on: start with none each time.
             nothing_is_left(&sandbox);
@@ -190,16 +218,25 @@ fn no_dev_fuse() {
     }
     let sandbox = with_photos();
     let point = sandbox.path("mnt/point");
-    let output = in_namespace(&sandbox, "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/urandom c 1 9", &["alice:photos", point.to_str().unwrap()]);
+    let output = in_namespace(
+        &sandbox,
+        "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/urandom c 1 9",
+        &["alice:photos", point.to_str().unwrap()],
+    );
     assert_eq!(output.status.code(), Some(1), "{}", told(&output));
-    says(&String::from_utf8_lossy(&output.stderr), &["/dev/fuse", "modprobe fuse"]);
+    says(
+        &String::from_utf8_lossy(&output.stderr),
+        &["/dev/fuse", "modprobe fuse"],
+    );
     assert!(!point.exists());
     nothing_is_left(&sandbox);
 }
 
 #[test]
 fn no_fusermount3() {
-    let Some(sandbox) = Sandbox::ordinary() else { return };
+    let Some(sandbox) = Sandbox::ordinary() else {
+        return;
+    };
     // A PATH with everything but fusermount3.
     let bin = sandbox.path("home/bin");
     fs::create_dir(&bin).unwrap();
@@ -243,6 +280,12 @@ fn a_full_cache_disk_is_said_and_reads_go_on() {
         .output()
         .unwrap();
     assert!(output.status.success(), "{}", told(&output));
+    // Said in `status`, and why.
+    assert!(
+        String::from_utf8_lossy(&output.stdout).contains("\"cache_degraded\": \"the disk"),
+        "{}",
+        told(&output)
+    );
     nothing_is_left(&sandbox);
 }
 

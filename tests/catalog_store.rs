@@ -1,17 +1,20 @@
-//! The store catalog on real stores: a `file://` directory always; an S3 server too when
-//! `GRID_MOUNT_TEST_S3_ENDPOINT` and `GRID_MOUNT_TEST_S3_BUCKET` name one (with `AWS_…` credentials).
+//! The store catalog on real stores: a `file://` directory, and an S3 server.
+
+#[path = "support/sandbox.rs"]
+mod sandbox;
+#[path = "support/weed.rs"]
+mod weed;
 
 use std::{collections::BTreeSet, sync::Arc};
 
 use grid_mount::{
-    catalog::{
-        self, Alias, Catalog, CatalogError, Draft, OriginLocation, Record, TreePart, TreeParts,
-    },
+    catalog::{self, Alias, Catalog, CatalogError, Draft, OriginLocation, Record, TreePart, TreeParts},
     digest::Digest,
     origin::{Deadlines, StoreSettings, StoreUrl},
     reference::{QualifiedName, VersionNumber},
     tree::Totals,
 };
+use weed::Weed;
 
 const PUBLISHERS: usize = 16;
 
@@ -49,10 +52,7 @@ async fn race(url: &StoreUrl, settings: &StoreSettings) -> Arc<dyn Catalog> {
     for publisher in publishers {
         published.push(publisher.await.unwrap().unwrap());
     }
-    let versions: BTreeSet<u64> = published
-        .iter()
-        .map(|record| record.version.get())
-        .collect();
+    let versions: BTreeSet<u64> = published.iter().map(|record| record.version.get()).collect();
     assert_eq!(
         versions,
         (1..=PUBLISHERS as u64).collect(),
@@ -80,10 +80,7 @@ async fn race(url: &StoreUrl, settings: &StoreSettings) -> Arc<dyn Catalog> {
         version: VersionNumber::new(7).unwrap(),
     };
     catalog.set_alias(&name, &prod).await.unwrap();
-    assert_eq!(
-        catalog.aliases(&name).await.unwrap(),
-        std::slice::from_ref(&prod)
-    );
+    assert_eq!(catalog.aliases(&name).await.unwrap(), std::slice::from_ref(&prod));
     let me = "me".parse().unwrap();
     let resolved = catalog
         .resolve(&format!("{name}/prod").parse().unwrap(), &me)
@@ -131,10 +128,7 @@ async fn an_empty_directory_lists_nothing_and_knows_nobody() {
     let url: StoreUrl = format!("file://{}", dir.path().display()).parse().unwrap();
     let catalog = catalog::open(&url, &StoreSettings::default(), &Deadlines::control()).unwrap();
     assert_eq!(catalog.list(None).await.unwrap(), []);
-    let error = catalog
-        .versions(&"alice:x".parse().unwrap())
-        .await
-        .unwrap_err();
+    let error = catalog.versions(&"alice:x".parse().unwrap()).await.unwrap_err();
     assert!(matches!(error, CatalogError::NoSuchUser { .. }), "{error}");
 }
 
@@ -152,26 +146,10 @@ fn a_server_is_not_a_catalog_yet_and_the_error_says_what_is() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn sixteen_publishers_get_sixteen_versions_on_s3() {
-    let variable = |name| std::env::var(name).ok();
-    let (Some(endpoint), Some(bucket)) = (
-        variable("GRID_MOUNT_TEST_S3_ENDPOINT"),
-        variable("GRID_MOUNT_TEST_S3_BUCKET"),
-    ) else {
-        eprintln!(
-            "skipped: GRID_MOUNT_TEST_S3_ENDPOINT and GRID_MOUNT_TEST_S3_BUCKET name no server"
-        );
+    let Some(weed) = tokio::task::spawn_blocking(Weed::start).await.unwrap() else {
         return;
     };
-    let mut settings: StoreSettings = std::env::vars().collect();
-    settings.set("AWS_ENDPOINT_URL", &endpoint);
-    settings.set("AWS_ALLOW_HTTP", "true");
-    if settings.get("AWS_ACCESS_KEY_ID").is_none() {
-        settings.set("AWS_ACCESS_KEY_ID", "any");
-        settings.set("AWS_SECRET_ACCESS_KEY", "any");
-    }
-    // A prefix of this run's own, so that runs do not see each other's versions.
-    let url: StoreUrl = format!("s3://{bucket}/catalog-{:016x}", rand::random::<u64>())
-        .parse()
-        .unwrap();
-    race(&url, &settings).await;
+    weed.create_bucket("team");
+    let settings: StoreSettings = weed.settings().into_iter().collect();
+    race(&"s3://team/catalog".parse().unwrap(), &settings).await;
 }

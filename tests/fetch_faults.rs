@@ -67,9 +67,7 @@ async fn set(size: usize, config: FetchConfig, deadlines: Deadlines, with_sums: 
     let etag = origin.put("data/key", data.clone());
     let fetcher = Fetcher::new(config, None, tokio::runtime::Handle::current());
     let sums = with_sums.then(|| {
-        Arc::new(Sums(
-            data.chunks(BLOCK_SIZE as usize).map(BlockSum::of).collect(),
-        )) as Arc<dyn BlockSums>
+        Arc::new(Sums(data.chunks(BLOCK_SIZE as usize).map(BlockSum::of).collect())) as Arc<dyn BlockSums>
     });
     let source = Source {
         store: store(&origin, &deadlines),
@@ -99,18 +97,9 @@ async fn each_fault_passes_or_ends_as_it_should() {
         Fault::WrongRange,
         Fault::Flipped,
     ] {
-        let set = set(
-            3 * BLOCK_SIZE as usize + 77,
-            config(),
-            Deadlines::data(),
-            true,
-        )
-        .await;
+        let set = set(3 * BLOCK_SIZE as usize + 77, config(), Deadlines::data(), true).await;
         set.origin.faults([fault]);
-        let read = set
-            .fetcher
-            .read(&set.object, 100..set.data.len() as u64)
-            .await;
+        let read = set.fetcher.read(&set.object, 100..set.data.len() as u64).await;
         assert_eq!(read.unwrap(), set.data[100..], "{fault:?}");
         assert!(set.fetcher.stats().retries >= 1, "{fault:?}");
     }
@@ -129,9 +118,7 @@ async fn each_fault_passes_or_ends_as_it_should() {
         (Fault::Error(404, "NoSuchBucket"), |e| {
             matches!(e, OriginError::NoBucket { .. })
         }),
-        (Fault::WrongETag, |e| {
-            matches!(e, OriginError::Changed { .. })
-        }),
+        (Fault::WrongETag, |e| matches!(e, OriginError::Changed { .. })),
     ];
     for (fault, check) in lasting {
         let set = set(BLOCK_SIZE as usize, config(), Deadlines::data(), false).await;
@@ -213,10 +200,7 @@ async fn many_readers_of_one_block_cause_one_get_of_one_block() {
         tokio::spawn(async move { fetcher.read(&object, at..at + 4096).await })
     });
     for read in futures::future::join_all(reads).await {
-        assert_eq!(
-            read.unwrap().unwrap(),
-            set.data[at as usize..at as usize + 4096]
-        );
+        assert_eq!(read.unwrap().unwrap(), set.data[at as usize..at as usize + 4096]);
     }
     assert_eq!(
         set.origin.ranges(),
@@ -231,12 +215,8 @@ async fn a_sequential_reader_without_a_cache_fetches_nothing_twice() {
     let mut buffer = Vec::new();
     for start in (0..set.data.len() as u64).step_by(BLOCK_SIZE as usize) {
         let range = start..start + BLOCK_SIZE;
-        set.fetcher.advise(
-            &set.object,
-            &streams,
-            range.clone(),
-            0..set.data.len() as u64,
-        );
+        set.fetcher
+            .advise(&set.object, &streams, range.clone(), 0..set.data.len() as u64);
         if set
             .fetcher
             .read_cached(&set.object, range.clone(), &mut buffer)
@@ -275,9 +255,7 @@ async fn random_reads_agree_with_the_source_in_little_memory() {
     let streams = Arc::new(Streams::default());
     let mut state = 7u64;
     let triples: Vec<_> = std::iter::repeat_with(|| {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         let start = (state >> 20) % size;
         start..start + 1 + (state >> 40) % (400 << 10)
     })
@@ -289,10 +267,7 @@ async fn random_reads_agree_with_the_source_in_little_memory() {
             async move {
                 fetcher.advise(object, streams, range.clone(), 0..size);
                 let mut buffer = Vec::new();
-                if fetcher
-                    .read_cached(object, range.clone(), &mut buffer)
-                    .is_none()
-                {
+                if fetcher.read_cached(object, range.clone(), &mut buffer).is_none() {
                     buffer = fetcher.read(object, range.clone()).await.unwrap().to_vec();
                 }
                 let end = range.end.min(size) as usize;
@@ -320,8 +295,7 @@ async fn a_reader_passes_a_warm_up() {
         ..Shape::default()
     });
     let (fetcher, object) = (Arc::clone(&set.fetcher), Arc::clone(&set.object));
-    let warm =
-        tokio::spawn(async move { fetcher.warm(&object, 0..32 << 20, Priority::WarmUp).await });
+    let warm = tokio::spawn(async move { fetcher.warm(&object, 0..32 << 20, Priority::WarmUp).await });
     while set.origin.ranges().len() < 2 {
         tokio::task::yield_now().await;
     }
@@ -481,10 +455,7 @@ async fn what_was_read_is_not_fetched_again_after_a_restart() {
         let mut buffer = Vec::new();
         for start in (0..data.len() as u64).step_by(1 << 20) {
             let range = start..start + (1 << 20);
-            if fetcher
-                .read_cached(&object, range.clone(), &mut buffer)
-                .is_none()
-            {
+            if fetcher.read_cached(&object, range.clone(), &mut buffer).is_none() {
                 buffer = fetcher.read(&object, range.clone()).await.unwrap().to_vec();
             }
             assert!(buffer == data[range.start as usize..range.end as usize]);
@@ -527,9 +498,7 @@ async fn random_reads_agree_with_the_source_under_a_tiny_cache() {
     let size = set.data.len() as u64;
     let mut state = 11u64;
     let triples: Vec<_> = std::iter::repeat_with(|| {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1);
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         let start = (state >> 20) % size;
         start..start + 1 + (state >> 40) % (300 << 10)
     })
@@ -540,10 +509,7 @@ async fn random_reads_agree_with_the_source_under_a_tiny_cache() {
             let (fetcher, object, data) = (&set.fetcher, &object, &set.data);
             async move {
                 let mut buffer = Vec::new();
-                if fetcher
-                    .read_cached(object, range.clone(), &mut buffer)
-                    .is_none()
-                {
+                if fetcher.read_cached(object, range.clone(), &mut buffer).is_none() {
                     buffer = fetcher.read(object, range.clone()).await.unwrap().to_vec();
                 }
                 let end = range.end.min(size) as usize;

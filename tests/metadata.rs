@@ -1,6 +1,8 @@
 //! Metadata through a real mount: what is asked once and never again, and what `du`, `df` and
 //! `getfattr` say. The entries themselves are compared with a native copy in `fuse_mount.rs`.
 
+#[path = "support/sandbox.rs"]
+mod sandbox;
 #[path = "support/kernel.rs"]
 mod support;
 

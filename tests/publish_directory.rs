@@ -21,9 +21,7 @@ use std::{
 use grid_mount::{
     catalog::Record,
     origin::StoreSettings,
-    publish::{
-        Phase, Progress, PublishError, PublishOptions, Published, SkipReason, publish_directory,
-    },
+    publish::{Phase, Progress, PublishError, PublishOptions, Published, SkipReason, publish_directory},
 };
 use rebuilt::{assert_same, rebuilt, source};
 use records::{Records, name};
@@ -62,8 +60,7 @@ impl Bench {
 
     async fn try_publish(&self, source: &Path) -> Result<Published, PublishError> {
         let name = name("alice:data");
-        let published =
-            publish_directory(source, name, &self.catalog, &self.options, Arc::new(())).await;
+        let published = publish_directory(source, name, &self.catalog, &self.options, Arc::new(())).await;
         let left = std::fs::read_dir(&self.options.scratch).unwrap().count();
         assert_eq!(left, 0, "temporary files are left");
         published
@@ -248,10 +245,7 @@ async fn a_bundle_of_which_little_is_left_is_packed_anew() {
     );
     remove(15..25);
     let few = bench.publish().await;
-    assert_eq!(
-        (few.report.repacked_bundles, few.report.uploaded_objects),
-        (1, 1)
-    );
+    assert_eq!((few.report.repacked_bundles, few.report.uploaded_objects), (1, 1));
     bench.assert_holds(&few.record, &bench.source()).await;
     // The new bundle is full: there is nothing to gain a second time.
     let again = bench.publish().await;
@@ -354,10 +348,7 @@ impl Progress for Heard {
 async fn progress_comes_to_the_totals_of_the_record() {
     let bench = Bench::new();
     for number in 0..50 {
-        bench.write(
-            &format!("{number}"),
-            &noise(number / 2, 60_000 * number as usize),
-        );
+        bench.write(&format!("{number}"), &noise(number / 2, 60_000 * number as usize));
     }
     for _ in 0..2 {
         let heard = Arc::new(Heard::default());
@@ -371,8 +362,7 @@ async fn progress_comes_to_the_totals_of_the_record() {
         .await
         .unwrap();
         let totals = published.record.totals;
-        let get =
-            |pair: &[AtomicU64; 2]| [0, 1].map(|index: usize| pair[index].load(Ordering::SeqCst));
+        let get = |pair: &[AtomicU64; 2]| [0, 1].map(|index: usize| pair[index].load(Ordering::SeqCst));
         assert_eq!(get(&heard.discovered), [totals.files, totals.bytes]);
         assert_eq!(get(&heard.settled), [totals.files, totals.bytes]);
         assert!(heard.sent.load(Ordering::SeqCst) >= published.report.uploaded_bytes);
@@ -391,10 +381,7 @@ impl Progress for Restless {
     fn sent(&self, _: u64) {
         if self.on.load(Ordering::SeqCst) {
             use std::io::Write;
-            let mut file = std::fs::File::options()
-                .write(true)
-                .open(&self.file)
-                .unwrap();
+            let mut file = std::fs::File::options().write(true).open(&self.file).unwrap();
             file.write_all(&noise(rand::random(), 64)).unwrap();
         }
     }

@@ -4,6 +4,8 @@
 mod rebuilt;
 #[path = "support/records.rs"]
 mod records;
+#[path = "support/sandbox.rs"]
+mod sandbox;
 #[path = "support/weed.rs"]
 mod weed;
 
@@ -28,11 +30,7 @@ fn open(url: &str, settings: &StoreSettings) -> (StoreUrl, Store) {
 }
 
 /// Registers what `put` has put, and finds exactly that in the tree; nothing is written to the origin.
-async fn register_and_compare(
-    origin: &str,
-    settings: &StoreSettings,
-    put: &BTreeMap<String, Vec<u8>>,
-) {
+async fn register_and_compare(origin: &str, settings: &StoreSettings, put: &BTreeMap<String, Vec<u8>>) {
     let dir = tempfile::tempdir().unwrap();
     let catalog_url = format!("file://{}", dir.path().join("catalog").display());
     std::fs::create_dir(dir.path().join("catalog")).unwrap();
@@ -81,10 +79,7 @@ async fn register_and_compare(
         })
         .collect();
     assert_eq!(files, expected);
-    for seen in entries
-        .values()
-        .filter(|seen| seen.kind == SeenKind::Directory)
-    {
+    for seen in entries.values().filter(|seen| seen.kind == SeenKind::Directory) {
         assert_eq!(seen.mode, 0o755);
     }
 }
@@ -213,10 +208,7 @@ async fn on_a_real_s3_server() {
     );
     let second = publish().await;
     assert_eq!(
-        (
-            second.report.uploaded_objects,
-            second.report.present_objects
-        ),
+        (second.report.uploaded_objects, second.report.present_objects),
         (0, 0)
     );
     std::fs::write(root.join("nested/3"), b"changed").unwrap();
@@ -232,11 +224,7 @@ async fn on_a_real_s3_server() {
 }
 
 /// As above for many keys: sizes and pins only, without reading each.
-async fn register_and_compare_sizes(
-    origin: &str,
-    settings: &StoreSettings,
-    put: &BTreeMap<String, Vec<u8>>,
-) {
+async fn register_and_compare_sizes(origin: &str, settings: &StoreSettings, put: &BTreeMap<String, Vec<u8>>) {
     use grid_mount::{
         origin::Pin,
         tree::{EntryKind, RowNo, Tree, unpack},
@@ -250,16 +238,9 @@ async fn register_and_compare_sizes(
     );
     let (url, store) = open(origin, settings);
     let options = PublishOptions::new(dir.path());
-    let published = register(
-        url,
-        &store,
-        name("alice:data"),
-        &catalog,
-        &options,
-        Arc::new(()),
-    )
-    .await
-    .unwrap();
+    let published = register(url, &store, name("alice:data"), &catalog, &options, Arc::new(()))
+        .await
+        .unwrap();
     assert_eq!(published.record.totals.files, put.len() as u64);
     assert!(
         !published

@@ -8,15 +8,19 @@ use std::{
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::{Method, Request, StatusCode, client::conn::http1, header};
+use hyper::{Method, Request, Response, StatusCode, body::Incoming, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
 
-use super::control::{AgentInfo, MountInfo, MountRequest, Problem, UnmountOutcome, UnmountRequest};
+use super::control::{
+    AgentInfo, CacheInfo, EvictOutcome, EvictRequest, Line, MountInfo, MountRequest, Problem, UnmountOutcome,
+    UnmountRequest, VerifyProgress, WarmProgress, WarmRequest,
+};
 
 /// An answer larger than this is not one of ours.
 const MAX_ANSWER: usize = 64 << 20;
+const MAX_LINE: usize = 1 << 20;
 
 /// Covers a cold catalog and a large tree on a slow link; the agent's own deadlines end sooner.
 const MOUNT_DEADLINE: Duration = Duration::from_secs(600);
@@ -38,15 +42,38 @@ pub enum ClientError {
     },
     #[error("the agent on {socket} did not answer within {} s", after.as_secs())]
     Deadline { socket: PathBuf, after: Duration },
-    #[error("the agent on {socket} gave an answer that this version does not understand; restart the agent after an upgrade")]
+    #[error(
+        "the agent on {socket} gave an answer that this version does not understand; restart the agent after an upgrade"
+    )]
     Protocol {
         socket: PathBuf,
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    #[error("the agent on {socket} is just ending; try again")]
+    Stopping { socket: PathBuf },
     /// The agent's own words.
     #[error("{0}")]
     Refused(String),
+}
+
+impl ClientError {
+    /// There is no agent, or soon there will be none: a new one can be started.
+    pub fn is_absence(&self) -> bool {
+        matches!(
+            self,
+            Self::NoAgent { .. } | Self::Gone { .. } | Self::Stopping { .. }
+        )
+    }
+}
+
+/// Closed when this goes.
+struct Connection(tokio::task::JoinHandle<hyper::Result<()>>);
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -56,7 +83,9 @@ pub struct Client {
 
 impl Client {
     pub fn new(socket: &Path) -> Self {
-        Self { socket: socket.to_owned() }
+        Self {
+            socket: socket.to_owned(),
+        }
     }
 
     pub fn socket(&self) -> &Path {
@@ -64,19 +93,111 @@ impl Client {
     }
 
     pub async fn agent(&self) -> Result<AgentInfo, ClientError> {
-        self.call(Method::GET, "/v1/agent", None::<&()>, CONTROL_DEADLINE).await
+        self.call(Method::GET, "/v1/agent", None::<&()>, CONTROL_DEADLINE)
+            .await
     }
 
     pub async fn mounts(&self) -> Result<Vec<MountInfo>, ClientError> {
-        self.call(Method::GET, "/v1/mounts", None::<&()>, CONTROL_DEADLINE).await
+        self.call(Method::GET, "/v1/mounts", None::<&()>, CONTROL_DEADLINE)
+            .await
     }
 
     pub async fn mount(&self, request: &MountRequest) -> Result<MountInfo, ClientError> {
-        self.call(Method::POST, "/v1/mounts", Some(request), MOUNT_DEADLINE).await
+        self.call(Method::POST, "/v1/mounts", Some(request), MOUNT_DEADLINE)
+            .await
     }
 
     pub async fn unmount(&self, request: &UnmountRequest) -> Result<Vec<UnmountOutcome>, ClientError> {
-        self.call(Method::POST, "/v1/unmount", Some(request), CONTROL_DEADLINE).await
+        self.call(Method::POST, "/v1/unmount", Some(request), CONTROL_DEADLINE)
+            .await
+    }
+
+    pub async fn cache(&self) -> Result<CacheInfo, ClientError> {
+        self.call(Method::GET, "/v1/cache", None::<&()>, CONTROL_DEADLINE)
+            .await
+    }
+
+    pub async fn evict(&self, request: &EvictRequest) -> Result<EvictOutcome, ClientError> {
+        self.call(Method::POST, "/v1/cache/evict", Some(request), MOUNT_DEADLINE)
+            .await
+    }
+
+    pub async fn verify(&self, seen: impl FnMut(VerifyProgress)) -> Result<VerifyProgress, ClientError> {
+        self.follow("/v1/cache/verify", None::<&()>, seen).await
+    }
+
+    pub async fn warm(
+        &self,
+        request: &WarmRequest,
+        seen: impl FnMut(WarmProgress),
+    ) -> Result<WarmProgress, ClientError> {
+        self.follow("/v1/warm", Some(request), seen).await
+    }
+
+    /// A long answer, line by line; how long it takes does not matter, only that lines keep coming.
+    async fn follow<B: Serialize, T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: Option<&B>,
+        mut seen: impl FnMut(T),
+    ) -> Result<T, ClientError> {
+        let late = |_| ClientError::Deadline {
+            socket: self.socket.clone(),
+            after: CONTROL_DEADLINE,
+        };
+        let broken = |reason: &'static str| self.protocol(io::Error::other(reason));
+        let sending = self.send(Method::POST, path, body);
+        let (response, _connection) = tokio::time::timeout(CONTROL_DEADLINE, sending)
+            .await
+            .map_err(late)??;
+        let status = response.status();
+        let mut body = response.into_body();
+        let mut buffer = Vec::new();
+        loop {
+            let frame = tokio::time::timeout(CONTROL_DEADLINE, body.frame())
+                .await
+                .map_err(late)?;
+            let ended = frame.is_none();
+            if let Some(frame) = frame {
+                let frame = frame.map_err(|source| ClientError::Gone {
+                    socket: self.socket.clone(),
+                    source,
+                })?;
+                buffer.extend_from_slice(frame.data_ref().map_or(&[][..], |data| data));
+            }
+            if !status.is_success() {
+                if ended {
+                    return Err(self.problem(status, &buffer));
+                }
+            } else {
+                while let Some(end) = buffer.iter().position(|byte| *byte == b'\n') {
+                    let line: Vec<u8> = buffer.drain(..=end).collect();
+                    match serde_json::from_slice(&line).map_err(|source| self.protocol(source))? {
+                        Line::Progress(progress) => seen(progress),
+                        Line::Done(done) => return Ok(done),
+                        Line::Failed(problem) => return Err(ClientError::Refused(problem.message)),
+                    }
+                }
+            }
+            if ended {
+                return Err(broken("the answer has no end"));
+            }
+            if buffer.len() > MAX_LINE {
+                return Err(broken("a line is too long"));
+            }
+        }
+    }
+
+    fn problem(&self, status: StatusCode, answer: &[u8]) -> ClientError {
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            return ClientError::Stopping {
+                socket: self.socket.clone(),
+            };
+        }
+        match serde_json::from_slice::<Problem>(answer) {
+            Ok(problem) => ClientError::Refused(problem.message),
+            Err(source) => self.protocol(source),
+        }
     }
 
     async fn call<B: Serialize, A: DeserializeOwned>(
@@ -88,12 +209,14 @@ impl Client {
     ) -> Result<A, ClientError> {
         let (status, answer) = tokio::time::timeout(deadline, self.exchange(method, path, body))
             .await
-            .map_err(|_| ClientError::Deadline { socket: self.socket.clone(), after: deadline })??;
+            .map_err(|_| ClientError::Deadline {
+                socket: self.socket.clone(),
+                after: deadline,
+            })??;
         if status.is_success() {
             return serde_json::from_slice(&answer).map_err(|source| self.protocol(source));
         }
-        let problem: Problem = serde_json::from_slice(&answer).map_err(|source| self.protocol(source))?;
-        Err(ClientError::Refused(problem.message))
+        Err(self.problem(status, &answer))
     }
 
     async fn exchange<B: Serialize>(
@@ -102,12 +225,37 @@ impl Client {
         path: &str,
         body: Option<&B>,
     ) -> Result<(StatusCode, Bytes), ClientError> {
+        let (response, _connection) = self.send(method, path, body).await?;
+        let status = response.status();
+        let answer = Limited::new(response.into_body(), MAX_ANSWER)
+            .collect()
+            .await
+            .map_err(|source| ClientError::Protocol {
+                socket: self.socket.clone(),
+                source,
+            })?
+            .to_bytes();
+        Ok((status, answer))
+    }
+
+    async fn send<B: Serialize>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&B>,
+    ) -> Result<(Response<Incoming>, Connection), ClientError> {
         let stream = UnixStream::connect(&self.socket)
             .await
-            .map_err(|source| ClientError::NoAgent { socket: self.socket.clone(), source })?;
-        let gone = |source| ClientError::Gone { socket: self.socket.clone(), source };
+            .map_err(|source| ClientError::NoAgent {
+                socket: self.socket.clone(),
+                source,
+            })?;
+        let gone = |source| ClientError::Gone {
+            socket: self.socket.clone(),
+            source,
+        };
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(gone)?;
-        let connection = tokio::spawn(connection);
+        let connection = Connection(tokio::spawn(connection));
         let body = match body {
             Some(body) => Bytes::from(serde_json::to_vec(body).map_err(|source| self.protocol(source))?),
             None => Bytes::new(),
@@ -120,17 +268,13 @@ impl Client {
             .body(Full::new(body))
             .map_err(|source| self.protocol(source))?;
         let response = sender.send_request(request).await.map_err(gone)?;
-        let status = response.status();
-        let answer = Limited::new(response.into_body(), MAX_ANSWER)
-            .collect()
-            .await
-            .map_err(|source| ClientError::Protocol { socket: self.socket.clone(), source })?
-            .to_bytes();
-        connection.abort();
-        Ok((status, answer))
+        Ok((response, connection))
     }
 
     fn protocol(&self, source: impl std::error::Error + Send + Sync + 'static) -> ClientError {
-        ClientError::Protocol { socket: self.socket.clone(), source: Box::new(source) }
+        ClientError::Protocol {
+            socket: self.socket.clone(),
+            source: Box::new(source),
+        }
     }
 }

@@ -28,7 +28,9 @@ const START_DEADLINE: Duration = Duration::from_secs(20);
 
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
-    #[error("{dir} cannot be used for the agent's socket: {reason}; set XDG_RUNTIME_DIR to a directory of your own")]
+    #[error(
+        "{dir} cannot be used for the agent's socket: {reason}; set XDG_RUNTIME_DIR to a directory of your own"
+    )]
     RuntimeDir { dir: PathBuf, reason: String },
     #[error("{path} cannot be opened")]
     Open {
@@ -65,7 +67,10 @@ impl RuntimeDir {
             _ if per_user.is_dir() => per_user.join("grid-mount"),
             _ => PathBuf::from(format!("/tmp/grid-mount-{uid}")),
         };
-        let refuse = |reason: String| LaunchError::RuntimeDir { dir: dir.clone(), reason };
+        let refuse = |reason: String| LaunchError::RuntimeDir {
+            dir: dir.clone(),
+            reason,
+        };
         match DirBuilder::new().mode(0o700).recursive(false).create(&dir) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
@@ -109,14 +114,22 @@ impl SocketLock {
             .mode(0o600)
             .open(&path)
             .map_err(|source| LaunchError::Open { path, source })?;
-        let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
-            .map_err(|_| LaunchError::AlreadyRunning { socket: socket.to_owned() })?;
-        Ok(Self { socket: socket.to_owned(), _lock: lock })
+        let lock =
+            Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| LaunchError::AlreadyRunning {
+                socket: socket.to_owned(),
+            })?;
+        Ok(Self {
+            socket: socket.to_owned(),
+            _lock: lock,
+        })
     }
 
     /// Binds the socket, in place of one that a dead agent left behind.
     pub fn bind(&self) -> Result<std::os::unix::net::UnixListener, LaunchError> {
-        let open = |source| LaunchError::Open { path: self.socket.clone(), source };
+        let open = |source| LaunchError::Open {
+            path: self.socket.clone(),
+            source,
+        };
         match fs::remove_file(&self.socket) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -188,11 +201,17 @@ pub fn start(runtime: &RuntimeDir, program: &Path, arguments: &[String]) -> Resu
         .append(true)
         .mode(0o600)
         .open(&log_path)
-        .map_err(|source| LaunchError::Open { path: log_path.clone(), source })?;
+        .map_err(|source| LaunchError::Open {
+            path: log_path.clone(),
+            source,
+        })?;
     let log_again = log.try_clone().map_err(LaunchError::Spawn)?;
     let (reader, writer) = nix::unistd::pipe().map_err(|errno| LaunchError::Spawn(errno.into()))?;
-    nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC))
-        .map_err(|errno| LaunchError::Spawn(errno.into()))?;
+    nix::fcntl::fcntl(
+        &reader,
+        nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::FD_CLOEXEC),
+    )
+    .map_err(|errno| LaunchError::Spawn(errno.into()))?;
 
     let mut command = Command::new(program);
     command
@@ -223,7 +242,10 @@ pub fn start(runtime: &RuntimeDir, program: &Path, arguments: &[String]) -> Resu
             // It is ours, it never became ready, and nobody else knows of it.
             let _ = child.kill();
             let _ = child.wait();
-            return Err(LaunchError::NotReady { after: START_DEADLINE, log: log_path });
+            return Err(LaunchError::NotReady {
+                after: START_DEADLINE,
+                log: log_path,
+            });
         }
     };
     match said.as_str() {
@@ -239,7 +261,10 @@ pub fn start(runtime: &RuntimeDir, program: &Path, arguments: &[String]) -> Resu
                 "" => "it ended without a word".to_owned(),
                 message => message.to_owned(),
             };
-            Err(LaunchError::Failed { message, log: log_path })
+            Err(LaunchError::Failed {
+                message,
+                log: log_path,
+            })
         }
     }
 }
@@ -265,7 +290,10 @@ mod tests {
         let socket = dir.path().join("agent.sock");
         let lock = SocketLock::acquire(&socket).unwrap();
         let listener = lock.bind().unwrap();
-        assert!(matches!(SocketLock::acquire(&socket), Err(LaunchError::AlreadyRunning { .. })));
+        assert!(matches!(
+            SocketLock::acquire(&socket),
+            Err(LaunchError::AlreadyRunning { .. })
+        ));
         assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
         drop(listener);
         drop(lock);
@@ -279,6 +307,9 @@ mod tests {
         let runtime = RuntimeDir::of_user(Some(dir.path())).unwrap();
         assert_eq!(runtime.socket(), dir.path().join("grid-mount/agent.sock"));
         fs::set_permissions(dir.path().join("grid-mount"), fs::Permissions::from_mode(0o755)).unwrap();
-        assert!(matches!(RuntimeDir::of_user(Some(dir.path())), Err(LaunchError::RuntimeDir { .. })));
+        assert!(matches!(
+            RuntimeDir::of_user(Some(dir.path())),
+            Err(LaunchError::RuntimeDir { .. })
+        ));
     }
 }

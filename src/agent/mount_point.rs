@@ -13,7 +13,9 @@ pub enum MountPointError {
     NotADirectory(PathBuf),
     #[error("{0} is not empty; name an empty or a new directory as mount point")]
     NotEmpty(PathBuf),
-    #[error("{0} is a mount whose agent is gone (\"Transport endpoint is not connected\"); `fusermount3 -u {0}` or, as root, `umount {0}` clears it")]
+    #[error(
+        "{0} is a mount whose agent is gone (\"Transport endpoint is not connected\"); `grid-mount unmount {0}` clears it"
+    )]
     Stale(PathBuf),
     #[error("{path} cannot be used as a mount point")]
     Unusable {
@@ -37,7 +39,10 @@ impl MountPoint {
         if !path.is_absolute() || path.components().any(|part| part == Component::ParentDir) {
             return Err(MountPointError::Relative(path.to_owned()));
         }
-        let unusable = |source| MountPointError::Unusable { path: path.to_owned(), source };
+        let unusable = |source| MountPointError::Unusable {
+            path: path.to_owned(),
+            source,
+        };
         match fs::metadata(path) {
             Ok(metadata) if !metadata.is_dir() => Err(MountPointError::NotADirectory(path.to_owned())),
             Ok(_) => {
@@ -45,7 +50,10 @@ impl MountPoint {
                     return Err(MountPointError::NotEmpty(path.to_owned()));
                 }
                 let path = fs::canonicalize(path).map_err(unusable)?;
-                Ok(Self { path, created: Vec::new() })
+                Ok(Self {
+                    path,
+                    created: Vec::new(),
+                })
             }
             Err(error) if error.raw_os_error() == Some(nix::libc::ENOTCONN) => {
                 Err(MountPointError::Stale(path.to_owned()))
@@ -62,16 +70,26 @@ impl MountPoint {
             .collect();
         missing.reverse();
         // From here on a failure removes what was made, by Drop.
-        let mut made = Self { path: path.to_owned(), created: Vec::new() };
+        let mut made = Self {
+            path: path.to_owned(),
+            created: Vec::new(),
+        };
         for dir in missing {
             match fs::create_dir(dir) {
                 Ok(()) => made.created.push(dir.to_owned()),
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(source) => return Err(MountPointError::Unusable { path: dir.to_owned(), source }),
+                Err(source) => {
+                    return Err(MountPointError::Unusable {
+                        path: dir.to_owned(),
+                        source,
+                    });
+                }
             }
         }
-        made.path = fs::canonicalize(path)
-            .map_err(|source| MountPointError::Unusable { path: path.to_owned(), source })?;
+        made.path = fs::canonicalize(path).map_err(|source| MountPointError::Unusable {
+            path: path.to_owned(),
+            source,
+        })?;
         Ok(made)
     }
 
@@ -114,9 +132,21 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("file");
         fs::write(&file, "x").unwrap();
-        assert!(matches!(MountPoint::prepare(&file), Err(MountPointError::NotADirectory(_))));
-        assert!(matches!(MountPoint::prepare(dir.path()), Err(MountPointError::NotEmpty(_))));
-        assert!(matches!(MountPoint::prepare(Path::new("a")), Err(MountPointError::Relative(_))));
-        assert!(matches!(MountPoint::prepare(&file.join("below")), Err(MountPointError::Unusable { .. })));
+        assert!(matches!(
+            MountPoint::prepare(&file),
+            Err(MountPointError::NotADirectory(_))
+        ));
+        assert!(matches!(
+            MountPoint::prepare(dir.path()),
+            Err(MountPointError::NotEmpty(_))
+        ));
+        assert!(matches!(
+            MountPoint::prepare(Path::new("a")),
+            Err(MountPointError::Relative(_))
+        ));
+        assert!(matches!(
+            MountPoint::prepare(&file.join("below")),
+            Err(MountPointError::Unusable { .. })
+        ));
     }
 }

@@ -1,18 +1,22 @@
 //! From a request to something that can be mounted: the record, then the tree.
 
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use std::{io, ops::Range, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::TryStreamExt;
 
-use super::{control::MountRequest, sums::SumsPart};
+use super::sums::SumsPart;
 use crate::{
     cache::{Cache, CacheError, TreeHandle},
     catalog::{self, Catalog, CatalogError, OriginLocation, Record, TreePart},
-    fetch::{Fetcher, Source},
-    fs::{self, GridFs, Owner, fetched::{Fetched, Sources}},
+    fetch::{FetchObject, Fetcher, Source},
+    fs::{
+        self, GridFs, Owner,
+        fetched::{Fetched, Sources},
+    },
     origin::{Deadlines, OriginError, Pin, Store, StoreSettings, StoreUrl},
-    reference::{PinnedReference, Reference},
-    tree::{self, ObjectNo, Tree, TreeError},
+    prefetch_policy::PrefetchPolicy,
+    reference::{PinnedReference, Reference, UserName},
+    tree::{self, ObjectNo, RowNo, Tree, TreeError},
 };
 
 /// No tree takes longer than this to arrive; each of its reads has a shorter deadline of its own.
@@ -71,16 +75,25 @@ pub struct Snapshot {
 }
 
 impl Resolved {
-    pub async fn new(reference: &Reference, request: &MountRequest) -> Result<Self, SnapshotError> {
-        let settings: StoreSettings = request.store_settings.clone().into_iter().collect();
-        let catalog = catalog::open(&request.catalog, &settings, &Deadlines::control())?;
-        let record = catalog.resolve(reference, &request.user).await?;
+    pub async fn new(
+        reference: &Reference,
+        catalog_url: &StoreUrl,
+        user: &UserName,
+        settings: &StoreSettings,
+    ) -> Result<Self, SnapshotError> {
+        let catalog = catalog::open(catalog_url, settings, &Deadlines::control())?;
+        let record = catalog.resolve(reference, user).await?;
         let url = match &record.origin {
             OriginLocation::Catalog => catalog.store().url().clone(),
             OriginLocation::Url(url) => url.clone(),
         };
-        let origin = Store::open(&url, &settings, &Deadlines::data()).map_err(SnapshotError::Origin)?;
-        Ok(Self { record, catalog, catalog_url: request.catalog.clone(), origin })
+        let origin = Store::open(&url, settings, &Deadlines::data()).map_err(SnapshotError::Origin)?;
+        Ok(Self {
+            record,
+            catalog,
+            catalog_url: catalog_url.clone(),
+            origin,
+        })
     }
 
     pub fn reference(&self) -> PinnedReference {
@@ -97,7 +110,13 @@ impl Resolved {
         let part = &self.record.tree.rows;
         if let Some(handle) = cache.tree(&part.digest) {
             match Tree::open(handle.path()) {
-                Ok(tree) => return Ok(Snapshot { resolved: self, tree: Arc::new(tree), handle }),
+                Ok(tree) => {
+                    return Ok(Snapshot {
+                        resolved: self,
+                        tree: Arc::new(tree),
+                        handle,
+                    });
+                }
                 // Damage in the cache costs a fetch, never an answer.
                 Err(error) => {
                     tracing::warn!(path = %handle.path().display(), %error, "a cached tree is damaged; fetching it anew");
@@ -110,7 +129,11 @@ impl Resolved {
             .map_err(|_| SnapshotError::Deadline)??;
         let handle = cache.adopt_tree(&part.digest, &fetched)?;
         let tree = Tree::open(handle.path()).map_err(|source| self.damaged(part, source))?;
-        Ok(Snapshot { resolved: self, tree: Arc::new(tree), handle })
+        Ok(Snapshot {
+            resolved: self,
+            tree: Arc::new(tree),
+            handle,
+        })
     }
 
     /// Streams the part through the decompressor into a file beside the cache's trees.
@@ -129,7 +152,15 @@ impl Resolved {
         let out = cache.tree_staging(&part.digest);
         let (size, digest, path) = (part.size, part.digest, out.clone());
         let unpacking = tokio::task::spawn_blocking(move || {
-            tree::unpack(ChunkReader { receiver, chunk: bytes::Bytes::new() }, size, digest, &path)
+            tree::unpack(
+                ChunkReader {
+                    receiver,
+                    chunk: bytes::Bytes::new(),
+                },
+                size,
+                digest,
+                &path,
+            )
         });
         let mut arrived = Ok(());
         loop {
@@ -156,32 +187,86 @@ impl Resolved {
         arrived?;
         match unpacked {
             Ok(()) => Ok(out),
-            Err(TreeError::Io { source, .. }) => {
-                Err(SnapshotError::Keep { dir: out.parent().unwrap_or(&out).to_owned(), source })
-            }
+            Err(TreeError::Io { source, .. }) => Err(SnapshotError::Keep {
+                dir: out.parent().unwrap_or(&out).to_owned(),
+                source,
+            }),
             Err(source) => Err(self.damaged(part, source)),
         }
     }
 
     fn damaged(&self, part: &TreePart, source: TreeError) -> SnapshotError {
-        SnapshotError::Tree { key: part.key.clone(), store: self.tree_store().url().clone(), source }
+        SnapshotError::Tree {
+            key: part.key.clone(),
+            store: self.tree_store().url().clone(),
+            source,
+        }
     }
 }
 
 impl Snapshot {
-    /// The snapshot as a file system of `owner`'s.
-    pub fn file_system(&self, fetcher: &Arc<Fetcher>, owner: Owner) -> GridFs {
+    fn sources(&self) -> TreeSources {
         let resolved = &self.resolved;
-        let sums = resolved.record.tree.sums.as_ref().filter(|_| self.tree.has_sums()).map(|part| {
-            SumsPart::new(Arc::clone(&self.tree), resolved.tree_store().clone(), part.key.clone())
-        });
-        let sources = TreeSources { tree: Arc::clone(&self.tree), origin: resolved.origin.clone(), sums };
-        // Cached bytes are shared by whoever has this user's permissions: the user.
-        let domain = format!("uid {}", owner.uid);
-        let content = Arc::new(Fetched::new(Arc::clone(fetcher), sources, domain));
-        let reference = resolved.reference().to_string();
-        GridFs::new(fs::Snapshot { reference, tree: Arc::clone(&self.tree), content }, owner)
+        let sums = resolved
+            .record
+            .tree
+            .sums
+            .as_ref()
+            .filter(|_| self.tree.has_sums())
+            .map(|part| {
+                SumsPart::new(
+                    Arc::clone(&self.tree),
+                    resolved.tree_store().clone(),
+                    part.key.clone(),
+                )
+            });
+        TreeSources {
+            tree: Arc::clone(&self.tree),
+            origin: resolved.origin.clone(),
+            sums,
+        }
     }
+
+    /// One object of the tree as the mounts of `uid` open it.
+    pub fn object(
+        &self,
+        fetcher: &Arc<Fetcher>,
+        uid: u32,
+        number: ObjectNo,
+    ) -> Result<Arc<FetchObject>, TreeError> {
+        Ok(fetcher.open(&domain(uid), self.sources().source(number)?))
+    }
+
+    /// The snapshot as a file system of `owner`'s.
+    pub fn file_system(
+        &self,
+        fetcher: &Arc<Fetcher>,
+        owner: Owner,
+        prefetch: PrefetchPolicy,
+        runtime: &tokio::runtime::Handle,
+    ) -> GridFs {
+        let content = Arc::new(Fetched::new(
+            Arc::clone(fetcher),
+            self.sources(),
+            domain(owner.uid),
+            prefetch,
+            runtime,
+        ));
+        let reference = self.resolved.reference().to_string();
+        GridFs::new(
+            fs::Snapshot {
+                reference,
+                tree: Arc::clone(&self.tree),
+                content,
+            },
+            owner,
+        )
+    }
+}
+
+/// Cached bytes are shared by whoever has this user's permissions: the user.
+fn domain(uid: u32) -> String {
+    format!("uid {uid}")
 }
 
 /// The tree's objects in the version's origin.
@@ -201,6 +286,15 @@ impl Sources for TreeSources {
             size: object.size,
             sums: self.sums.as_ref().map(|sums| sums.of(number)),
         })
+    }
+
+    fn total_bytes(&self) -> u64 {
+        self.tree.totals().bytes
+    }
+
+    fn files(&self) -> Box<dyn Iterator<Item = (ObjectNo, Range<u64>)> + Send + '_> {
+        let rows = (0..self.tree.row_count()).map(RowNo);
+        Box::new(rows.filter_map(|row| self.tree.object_range(row).ok().flatten()))
     }
 }
 

@@ -43,7 +43,10 @@ impl SumsPart {
 
     /// One object's share of it.
     pub fn of(self: &Arc<Self>, object: ObjectNo) -> Arc<dyn BlockSums> {
-        Arc::new(ObjectSums { part: Arc::clone(self), object })
+        Arc::new(ObjectSums {
+            part: Arc::clone(self),
+            object,
+        })
     }
 
     async fn frame(&self, frame: &SumFrame) -> Result<Vec<BlockSum>, FetchError> {
@@ -58,20 +61,28 @@ impl SumsPart {
         let mut tries = 0;
         loop {
             tries += 1;
-            let bytes = self.fetch(frame.range.clone()).await.map_err(|error| FetchError::Origin(Arc::new(error)))?;
+            let bytes = self
+                .fetch(frame.range.clone())
+                .await
+                .map_err(|error| FetchError::Origin(Arc::new(error)))?;
             match frame.sums(&bytes) {
                 Ok(sums) => {
                     self.frames.lock().put(frame.number, bytes);
                     return Ok(sums);
                 }
-                Err(error) if tries < TRIES => tracing::warn!(key = self.key, %error, "damaged sums; fetching them anew"),
+                Err(error) if tries < TRIES => {
+                    tracing::warn!(key = self.key, %error, "damaged sums; fetching them anew")
+                }
                 Err(error) => return Err(damaged(error)),
             }
         }
     }
 
     fn failed(&self, error: &TreeError) -> FetchError {
-        FetchError::Sums { key: self.key.clone(), reason: error.to_string() }
+        FetchError::Sums {
+            key: self.key.clone(),
+            reason: error.to_string(),
+        }
     }
 
     fn kept(&self, frame: &SumFrame) -> Option<Bytes> {
@@ -96,7 +107,11 @@ struct ObjectSums {
 #[async_trait]
 impl BlockSums for ObjectSums {
     async fn sums(&self, blocks: Range<u64>) -> Result<Vec<BlockSum>, FetchError> {
-        let frames = self.part.tree.sum_frames(self.object, blocks).map_err(|error| self.part.failed(&error))?;
+        let frames = self
+            .part
+            .tree
+            .sum_frames(self.object, blocks)
+            .map_err(|error| self.part.failed(&error))?;
         let mut sums = Vec::new();
         for frame in &frames {
             sums.extend(self.part.frame(frame).await?);

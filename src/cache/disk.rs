@@ -36,10 +36,7 @@ pub fn create_dir(path: &Path) -> io::Result<()> {
 }
 
 pub fn create_dir_all(path: &Path) -> io::Result<()> {
-    fs::DirBuilder::new()
-        .mode(0o700)
-        .recursive(true)
-        .create(path)
+    fs::DirBuilder::new().mode(0o700).recursive(true).create(path)
 }
 
 /// `Ok(None)` when there is none.
@@ -241,24 +238,15 @@ pub mod undo {
     use super::*;
 
     pub enum Change {
-        Write {
-            file: File,
-            offset: u64,
-            old: Vec<u8>,
-        },
-        Attribute {
-            file: File,
-            old: Option<Vec<u8>>,
-        },
+        Write { file: File, offset: u64, old: Vec<u8> },
+        Attribute { file: File, old: Option<Vec<u8>> },
     }
 
     /// `None`: nothing is recorded.
     static JOURNAL: Mutex<Option<(PathBuf, Vec<Change>)>> = Mutex::new(None);
 
     fn journal() -> std::sync::MutexGuard<'static, Option<(PathBuf, Vec<Change>)>> {
-        JOURNAL
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
+        JOURNAL.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     pub fn start(dir: &Path) {
@@ -266,8 +254,7 @@ pub mod undo {
     }
 
     fn within(file: &File, dir: &Path) -> bool {
-        fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))
-            .is_ok_and(|path| path.starts_with(dir))
+        fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).is_ok_and(|path| path.starts_with(dir))
     }
 
     impl Change {
@@ -275,10 +262,7 @@ pub mod undo {
         pub fn undo(&self) {
             match self {
                 Self::Write { file, offset, old } => file.write_all_at(old, *offset).unwrap(),
-                Self::Attribute {
-                    file,
-                    old: Some(old),
-                } => set_attribute(file, old).unwrap(),
+                Self::Attribute { file, old: Some(old) } => set_attribute(file, old).unwrap(),
                 Self::Attribute { file, old: None } => {
                     // SAFETY: the name is a NUL-terminated string, the descriptor is open.
                     unsafe { libc::fremovexattr(file.as_raw_fd(), ATTRIBUTE.as_ptr()) };
@@ -289,10 +273,7 @@ pub mod undo {
 
     /// Stops recording; what no sync had covered, oldest first.
     pub fn stop() -> Vec<Change> {
-        journal()
-            .take()
-            .map(|(_, changes)| changes)
-            .unwrap_or_default()
+        journal().take().map(|(_, changes)| changes).unwrap_or_default()
     }
 
     pub fn before_write(file: &File, range: Range<u64>) {

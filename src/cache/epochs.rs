@@ -55,8 +55,7 @@ impl Record {
         bytes.extend(self.boot.0);
         for set in [&self.open, &self.suspect] {
             bytes.extend((set.len() as u32).to_le_bytes());
-            set.iter()
-                .for_each(|epoch| bytes.extend(epoch.to_le_bytes()));
+            set.iter().for_each(|epoch| bytes.extend(epoch.to_le_bytes()));
         }
         let sum = crc32c::crc32c(&bytes);
         bytes.extend(sum.to_le_bytes());
@@ -74,8 +73,7 @@ impl Record {
         let mut sets = [BTreeSet::new(), BTreeSet::new()];
         for set in &mut sets {
             let (count, after) = rest.split_first_chunk::<4>()?;
-            let (epochs, after) =
-                after.split_at_checked(u32::from_le_bytes(*count) as usize * 2)?;
+            let (epochs, after) = after.split_at_checked(u32::from_le_bytes(*count) as usize * 2)?;
             set.extend(
                 epochs
                     .chunks_exact(2)
@@ -237,9 +235,7 @@ impl Epochs {
         // among the open or suspect ones and is passed over.
         let next = (1..=u16::MAX)
             .map(|step| last.wrapping_add(step))
-            .find(|epoch| {
-                *epoch != 0 && !record.open.contains(epoch) && !record.suspect.contains(epoch)
-            });
+            .find(|epoch| *epoch != 0 && !record.open.contains(epoch) && !record.suspect.contains(epoch));
         // None left (after 65,000 power cuts without a sync): stay in the last one.
         let next = next.unwrap_or(last.max(1));
         record.open.insert(next);

@@ -35,12 +35,7 @@ impl Held {
         self.shard(id).lock().get(id).and_then(Weak::upgrade)
     }
 
-    pub fn object(
-        &self,
-        id: ObjectId,
-        size: u64,
-        new: impl FnOnce() -> CachedObject,
-    ) -> Arc<CachedObject> {
+    pub fn object(&self, id: ObjectId, size: u64, new: impl FnOnce() -> CachedObject) -> Arc<CachedObject> {
         let mut shard = self.shard(&id).lock();
         // An id is made of the size too: another size is maintenance on a data file somebody cut, which
         // will be found unsound and unlinked.
@@ -94,10 +89,7 @@ impl HandedOut {
         }
         let fresh = Arc::new(open()?);
         let mut files = self.files.lock();
-        if let Some(file) = files
-            .get(&(id, inode))
-            .and_then(|handed| handed.file.upgrade())
-        {
+        if let Some(file) = files.get(&(id, inode)).and_then(|handed| handed.file.upgrade()) {
             return Ok(file);
         }
         files.insert(

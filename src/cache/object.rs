@@ -93,8 +93,8 @@ impl Drop for Files {
 impl Files {
     fn extent(&self, number: ExtentNo) -> &Extent {
         let at = number.0 as usize;
-        let chunk = self.extents[at / CHUNK]
-            .get_or_init(|| Box::new(std::array::from_fn(|_| Extent::default())));
+        let chunk =
+            self.extents[at / CHUNK].get_or_init(|| Box::new(std::array::from_fn(|_| Extent::default())));
         &chunk[at % CHUNK]
     }
 
@@ -192,13 +192,7 @@ impl CachedObject {
         Ok(hit)
     }
 
-    fn read_open(
-        &self,
-        files: &Files,
-        range: Range<u64>,
-        buf: &mut [u8],
-        purpose: Purpose,
-    ) -> bool {
+    fn read_open(&self, files: &Files, range: Range<u64>, buf: &mut [u8], purpose: Purpose) -> bool {
         let mut at = range.start;
         while at < range.end {
             let number = BlockNo::containing(at).extent();
@@ -221,8 +215,7 @@ impl CachedObject {
             if doubtful != 0 && !bits(doubtful).all(|bit| self.check(files, extent, number, bit)) {
                 return false;
             }
-            let place =
-                &mut buf[(part.start - range.start) as usize..(part.end - range.start) as usize];
+            let place = &mut buf[(part.start - range.start) as usize..(part.end - range.start) as usize];
             if let Err(error) = files.data.read_exact_at(place, part.start) {
                 self.shared.trouble("reading a cached block", &error);
                 if error.kind() == io::ErrorKind::UnexpectedEof {
@@ -285,9 +278,7 @@ impl CachedObject {
     fn present(&self, files: &Files, number: ExtentNo) -> u64 {
         let extent = files.extent(number);
         match extent.pin() {
-            Some(_pin) if self.load(files, extent, number) => {
-                extent.present.load(Ordering::Acquire)
-            }
+            Some(_pin) if self.load(files, extent, number) => extent.present.load(Ordering::Acquire),
             _ => 0,
         }
     }
@@ -327,9 +318,7 @@ impl CachedObject {
         if !self.load(&files, extent, number) {
             return Err(CacheError::Busy);
         }
-        if extent.present.load(Ordering::Acquire) & bit(block) != 0
-            || files.sealed.load(Ordering::Acquire)
-        {
+        if extent.present.load(Ordering::Acquire) & bit(block) != 0 || files.sealed.load(Ordering::Acquire) {
             return Ok(());
         }
         let sum = crc32c::crc32c(bytes);
@@ -350,11 +339,8 @@ impl CachedObject {
         let before = extent.present.fetch_or(bit(block), Ordering::AcqRel);
         files.count();
         if before == 0 {
-            self.shared.arrived(
-                Unit::extent(self.id, number),
-                self.extent_bytes(number),
-                purpose,
-            );
+            self.shared
+                .arrived(Unit::extent(self.id, number), self.extent_bytes(number), purpose);
         }
         Ok(())
     }
@@ -393,11 +379,7 @@ impl CachedObject {
             }
         };
         let (mut present, mut trusted) = (0, 0);
-        for (index, word) in words
-            .into_iter()
-            .enumerate()
-            .filter(|(_, word)| *word != ABSENT)
-        {
+        for (index, word) in words.into_iter().enumerate().filter(|(_, word)| *word != ABSENT) {
             let block = BlockNo(number.0 * BLOCKS_PER_EXTENT + index as u64);
             if let Some(slot) = Slot::decode(&self.id, block, word) {
                 present |= bit(block);
@@ -431,8 +413,9 @@ impl CachedObject {
             match files.data.read_exact_at(&mut bytes, range.start) {
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
                 Err(error) => Err(error),
-                Ok(()) => Ok(Slot::decode(&self.id, block, word)
-                    .filter(|slot| slot.sum == crc32c::crc32c(&bytes))),
+                Ok(()) => {
+                    Ok(Slot::decode(&self.id, block, word).filter(|slot| slot.sum == crc32c::crc32c(&bytes)))
+                }
             }
         })();
         match outcome {
@@ -639,9 +622,7 @@ impl CachedObject {
             let extent = files.extent(number);
             let _pin = extent.pin()?;
             let whole = mask(&number.byte_range(self.size));
-            if !self.load(&files, extent, number)
-                || extent.present.load(Ordering::Acquire) & whole != whole
-            {
+            if !self.load(&files, extent, number) || extent.present.load(Ordering::Acquire) & whole != whole {
                 return None;
             }
             let doubtful = whole & !extent.trusted.load(Ordering::Acquire);
@@ -656,14 +637,12 @@ impl CachedObject {
             return None;
         }
         if !files.sealed.swap(true, Ordering::SeqCst) {
-            let complete = (0..self.size.div_ceil(EXTENT_SIZE))
-                .map(ExtentNo)
-                .all(|number| {
-                    let extent = files.extent(number);
-                    let whole = mask(&number.byte_range(self.size));
-                    let pin = extent.pin();
-                    pin.is_some() && extent.present.load(Ordering::Acquire) & whole == whole
-                });
+            let complete = (0..self.size.div_ceil(EXTENT_SIZE)).map(ExtentNo).all(|number| {
+                let extent = files.extent(number);
+                let whole = mask(&number.byte_range(self.size));
+                let pin = extent.pin();
+                pin.is_some() && extent.present.load(Ordering::Acquire) & whole == whole
+            });
             let header = Header {
                 size: self.size,
                 inode: files.inode,
@@ -721,10 +700,7 @@ impl CachedObject {
         let Some(files) = self.files() else {
             return Ok(Evicted::Gone);
         };
-        if self.size <= EXTENT_SIZE
-            || files.sealed.load(Ordering::SeqCst)
-            || !self.shared.abilities.punch
-        {
+        if self.size <= EXTENT_SIZE || files.sealed.load(Ordering::SeqCst) || !self.shared.abilities.punch {
             drop(files);
             return self.evict_whole();
         }
@@ -732,10 +708,7 @@ impl CachedObject {
             return Ok(Evicted::Gone);
         }
         let extent = files.extent(number);
-        if !extent
-            .pin()
-            .is_some_and(|_pin| self.load(&files, extent, number))
-        {
+        if !extent.pin().is_some_and(|_pin| self.load(&files, extent, number)) {
             return Ok(Evicted::Busy);
         }
         if extent
@@ -787,8 +760,7 @@ impl CachedObject {
                 State::Absent => return Ok(Evicted::Gone),
                 // Users clone under the read lock: one means nobody has it.
                 State::Open(files)
-                    if Arc::strong_count(files) > 1
-                        || self.shared.handed.contains(&self.id, files.inode) =>
+                    if Arc::strong_count(files) > 1 || self.shared.handed.contains(&self.id, files.inode) =>
                 {
                     return Ok(Evicted::Busy);
                 }

@@ -43,10 +43,7 @@ impl Unit {
     }
 
     pub fn tree(id: ObjectId) -> Self {
-        Self {
-            id,
-            part: Self::TREE,
-        }
+        Self { id, part: Self::TREE }
     }
 
     pub fn part(&self) -> Part {
@@ -247,8 +244,8 @@ impl Policy {
         }
         self.clock = self.clock.wrapping_add(1).max(1);
         if (unit.spread() >> 40).is_multiple_of(self.sampling) {
-            let lead = i64::from(self.lru.reference(unit, bytes))
-                - i64::from(self.cold.reference(unit, bytes));
+            let lead =
+                i64::from(self.lru.reference(unit, bytes)) - i64::from(self.cold.reference(unit, bytes));
             self.score += 1024 * lead - self.score / MEMORY;
             if self.score.abs() > LEAD {
                 self.insert_cold = self.score < 0;
@@ -309,10 +306,7 @@ impl Policy {
 
     /// Hottest first.
     pub fn order(&self) -> impl Iterator<Item = Unit> + '_ {
-        self.window
-            .iter()
-            .chain(self.list.iter())
-            .map(|(unit, _)| *unit)
+        self.window.iter().chain(self.list.iter()).map(|(unit, _)| *unit)
     }
 }
 

@@ -197,10 +197,7 @@ fn scan_fan(shared: &Arc<Shared>, fan: u16) {
         })
         .collect();
     // One step for the whole directory: an object is counted by the scan or by who opened it.
-    let count = shared
-        .scan
-        .lock()
-        .pass(fan, left.iter().map(|left| left.id));
+    let count = shared.scan.lock().pass(fan, left.iter().map(|left| left.id));
     let mut policy = shared.policy.lock();
     for (left, count) in left.into_iter().zip(count) {
         if count {

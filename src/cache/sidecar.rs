@@ -34,26 +34,18 @@ fn slot_at(block: u64) -> u64 {
 
 impl Sidecar {
     /// The raw slots of one extent, absent ones (also past the end of the object) as zero.
-    pub fn slots(
-        &self,
-        extent: ExtentNo,
-        size: u64,
-    ) -> io::Result<[u64; BLOCKS_PER_EXTENT as usize]> {
+    pub fn slots(&self, extent: ExtentNo, size: u64) -> io::Result<[u64; BLOCKS_PER_EXTENT as usize]> {
         let mut words = [ABSENT; BLOCKS_PER_EXTENT as usize];
         let first = extent.0 * BLOCKS_PER_EXTENT;
-        let count = block_count(size)
-            .saturating_sub(first)
-            .min(BLOCKS_PER_EXTENT) as usize;
+        let count = block_count(size).saturating_sub(first).min(BLOCKS_PER_EXTENT) as usize;
         let mut bytes = [0; SLOT_LEN * BLOCKS_PER_EXTENT as usize];
         let bytes = &mut bytes[..SLOT_LEN * count];
         match self {
             Self::File(file) => file.read_exact_at(bytes, slot_at(first))?,
-            Self::Attribute(value) => {
-                match value.lock().get(HEADER_LEN..HEADER_LEN + bytes.len()) {
-                    Some(have) => bytes.copy_from_slice(have),
-                    None => return Err(io::ErrorKind::UnexpectedEof.into()),
-                }
-            }
+            Self::Attribute(value) => match value.lock().get(HEADER_LEN..HEADER_LEN + bytes.len()) {
+                Some(have) => bytes.copy_from_slice(have),
+                None => return Err(io::ErrorKind::UnexpectedEof.into()),
+            },
         }
         for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(SLOT_LEN)) {
             *word = bytes.try_into().map_or(ABSENT, u64::from_le_bytes);
@@ -67,9 +59,7 @@ impl Sidecar {
 
     pub fn clear(&self, data: &File, extent: ExtentNo, size: u64) -> io::Result<()> {
         let first = extent.0 * BLOCKS_PER_EXTENT;
-        let count = block_count(size)
-            .saturating_sub(first)
-            .min(BLOCKS_PER_EXTENT) as usize;
+        let count = block_count(size).saturating_sub(first).min(BLOCKS_PER_EXTENT) as usize;
         self.write(
             data,
             slot_at(first),

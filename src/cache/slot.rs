@@ -37,14 +37,10 @@ impl Header {
     /// `None` for anything but a sound header of this very object.
     pub fn decode(id: &ObjectId, bytes: &[u8]) -> Option<Self> {
         let bytes: &[u8; HEADER_LEN] = bytes.get(..HEADER_LEN)?.try_into().ok()?;
-        let word = |at: usize| {
-            u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
-        };
+        let word = |at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
-        let sound = word(0) == MAGIC
-            && word(4) <= SEALED
-            && word(28) == 0
-            && word(24) == Self::sum(id, bytes);
+        let sound =
+            word(0) == MAGIC && word(4) <= SEALED && word(28) == 0 && word(24) == Self::sum(id, bytes);
         sound.then(|| Self {
             size: long(8),
             inode: long(16),

@@ -14,9 +14,7 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::{
-    CacheError, CacheStats, Purpose, Shared, disk, object::Evicted, policy::Unit, recovery,
-};
+use super::{CacheError, CacheStats, Purpose, Shared, disk, object::Evicted, policy::Unit, recovery};
 use crate::block::EXTENT_SIZE;
 
 #[derive(Default)]
@@ -109,6 +107,7 @@ pub enum Event {
 const NEWS_MOST: usize = 512;
 /// How long the cache leaves a failing disk alone.
 const REST: Duration = Duration::from_secs(2);
+const EVICTION_PATIENCE: Duration = Duration::from_millis(200);
 const CREDIT: u64 = 16 << 20;
 const SETTLE_EVERY: Duration = Duration::from_secs(60);
 const SAVE_EVERY: Duration = Duration::from_secs(120);
@@ -188,8 +187,8 @@ impl Shared {
     /// Looks at the disk itself: others write to it too.
     fn renew_credit(&self, bytes: u64) -> Result<(), CacheError> {
         for attempt in 0..8 {
-            let (free, _) = disk::free_space(&self.root)
-                .map_err(|error| CacheError::io("looking at the disk", error))?;
+            let (free, _) =
+                disk::free_space(&self.root).map_err(|error| CacheError::io("looking at the disk", error))?;
             let spare = free.saturating_sub(self.config.min_free);
             if spare > bytes {
                 self.space
@@ -208,22 +207,41 @@ impl Shared {
         Err(CacheError::DiskFull)
     }
 
-    /// Evicts the coldest unit that nobody uses; false when there is none.
+    /// Evicts the coldest unit that nobody uses, or waits for an eviction under way elsewhere; false
+    /// when there is neither.
     pub(super) fn evict_one(&self) -> bool {
         self.hear();
         for _ in 0..32 {
-            let Some(unit) = self.policy.lock().victim() else {
-                return false;
+            let (count, ended) = &self.evicting;
+            let unit = {
+                // Taken off the list and counted in one step, or a filler in between would see neither.
+                let mut count = count.lock();
+                let victim = self.policy.lock().victim();
+                match victim {
+                    Some(unit) => {
+                        *count += 1;
+                        unit
+                    }
+                    None if *count > 0 => {
+                        return !ended.wait_for(&mut count, EVICTION_PATIENCE).timed_out();
+                    }
+                    None => return false,
+                }
             };
-            match self.me.upgrade().map(|shared| shared.evict_unit(unit)) {
+            let outcome = self.me.upgrade().map(|shared| shared.evict_unit(unit));
+            if !matches!(outcome, Some(Ok(Evicted::Gone))) {
+                self.policy.lock().keep(unit);
+            }
+            *count.lock() -= 1;
+            ended.notify_all();
+            match outcome {
                 None => return false,
                 Some(Ok(Evicted::Gone)) => {
                     self.counters.evictions.fetch_add(1, Ordering::Relaxed);
                     return true;
                 }
-                Some(Ok(Evicted::Busy)) => self.policy.lock().keep(unit),
+                Some(Ok(Evicted::Busy)) => {}
                 Some(Err(error)) => {
-                    self.policy.lock().keep(unit);
                     self.trouble("evicting", &error);
                     return false;
                 }

@@ -154,10 +154,7 @@ fn sealed_objects_are_complete_exact_and_go_only_whole() {
     let file = object.seal().unwrap();
     assert!(object.sealed());
     assert_eq!(file.metadata().unwrap().len(), size);
-    assert!(
-        file.write_at(b"x", 0).is_err(),
-        "the descriptor cannot write"
-    );
+    assert!(file.write_at(b"x", 0).is_err(), "the descriptor cannot write");
     assert_eq!(
         object.evict_whole().unwrap(),
         object::Evicted::Busy,
@@ -231,7 +228,7 @@ proptest! {
                 10 => { cache.object(id(n), size).seal(); }
                 _ => {
                     drop(cache);
-                    if block % 2 == 0 { boot.0[0] += 1; }
+                    if block.is_multiple_of(2) { boot.0[0] += 1; }
                     cache = open(&dir, max, boot);
                     model.retain(|(n, block), ()| holds(&cache, *n, sizes[usize::from(*n)], *block));
                 }
@@ -320,10 +317,7 @@ fn a_full_disk_degrades_to_misses() {
     let mut config = config(&dir, 1 << 30);
     config.min_free = u64::MAX / 2;
     let cache = Cache::open_in_boot(config, BOOT).unwrap();
-    assert!(matches!(
-        fill(&cache, 1, 1000, 0),
-        Err(CacheError::DiskFull)
-    ));
+    assert!(matches!(fill(&cache, 1, 1000, 0), Err(CacheError::DiskFull)));
     assert!(cache.stats().degraded.is_some());
 }
 

@@ -58,15 +58,13 @@ pub enum CatalogError {
     )]
     Unsettled {
         reference: PinnedReference,
-        source: Option<OriginError>,
+        source: Option<Box<OriginError>>,
     },
     #[error("{name} has used up its version numbers")]
     VersionsExhausted { name: QualifiedName },
     #[error("the message is too long: {bytes} bytes, at most {limit}")]
     MessageTooLong { bytes: usize, limit: usize },
-    #[error(
-        "{url} cannot be a catalog: catalogs are stores so far, at file://, s3://, gs:// or az://"
-    )]
+    #[error("{url} cannot be a catalog: catalogs are stores so far, at file://, s3://, gs:// or az://")]
     UnsupportedScheme { url: StoreUrl },
     #[error("{doing} failed")]
     Origin {
@@ -86,10 +84,7 @@ pub enum Damage {
     #[error("it has format {found}, this grid-mount knows format {known}")]
     Format { found: u64, known: u32 },
     #[error("its fields are not those of format {known}")]
-    Fields {
-        known: u32,
-        source: serde_json::Error,
-    },
+    Fields { known: u32, source: serde_json::Error },
     #[error("it belongs to {found}")]
     Elsewhere { found: String },
     #[error("it points outside the catalog (at {key:?})")]
@@ -158,13 +153,7 @@ mod tests {
     #[test]
     fn existing_versions_are_shown_as_runs() {
         let shown = |numbers: &[u64]| {
-            Existing(
-                numbers
-                    .iter()
-                    .filter_map(|&n| VersionNumber::new(n))
-                    .collect(),
-            )
-            .to_string()
+            Existing(numbers.iter().filter_map(|&n| VersionNumber::new(n)).collect()).to_string()
         };
         assert_eq!(shown(&[]), "no versions");
         assert_eq!(shown(&[4]), "version 4");

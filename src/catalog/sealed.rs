@@ -1,6 +1,8 @@
 //! How a small JSON object is stored so that any flipped bit is noticed:
 //!
-//!     {"blake3":"<64 hex digits>","record":{…}}⏎
+//! ```text
+//! {"blake3":"<64 hex digits>","record":{…}}⏎
+//! ```
 //!
 //! The digest is that of the bytes between `"record":` and the last `}`. The frame is compared byte for
 //! byte, so every bit of the object is either framing, digest or digested. It is JSON for whoever looks
@@ -26,14 +28,7 @@ fn middle(kind: &str) -> String {
 pub fn seal<T: Serialize>(kind: &str, content: &T) -> Result<Vec<u8>, serde_json::Error> {
     let content = serde_json::to_vec(content)?;
     let digest = Digest::of(&content).to_string();
-    Ok([
-        HEAD,
-        digest.as_bytes(),
-        middle(kind).as_bytes(),
-        &content,
-        TAIL,
-    ]
-    .concat())
+    Ok([HEAD, digest.as_bytes(), middle(kind).as_bytes(), &content, TAIL].concat())
 }
 
 /// Takes the frame off, and believes the content only if every byte is as it was written.
@@ -54,16 +49,12 @@ pub fn unseal<T: DeserializeOwned>(kind: &str, format: u32, bytes: &[u8]) -> Res
         return Err(Damage::Digest);
     }
     // The format first: fields of a later format are not damage.
-    let Format { format: found } =
-        serde_json::from_slice(content).map_err(|source| Damage::Fields {
-            known: format,
-            source,
-        })?;
+    let Format { format: found } = serde_json::from_slice(content).map_err(|source| Damage::Fields {
+        known: format,
+        source,
+    })?;
     if found != u64::from(format) {
-        return Err(Damage::Format {
-            found,
-            known: format,
-        });
+        return Err(Damage::Format { found, known: format });
     }
     serde_json::from_slice(content).map_err(|source| Damage::Fields {
         known: format,

@@ -28,14 +28,12 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
 
-use super::{
-    Alias, Catalog, CatalogError, Damage, DatastoreSummary, Draft, Existing, Record, sealed,
-};
+use super::{Alias, Catalog, CatalogError, Damage, DatastoreSummary, Draft, Existing, Record, sealed};
 use crate::{
     origin::{OriginError, Store},
     reference::{
-        AliasName, DatastoreName, PinnedReference, QualifiedName, Reference, UserName,
-        VersionNumber, VersionSelector, did_you_mean,
+        AliasName, DatastoreName, PinnedReference, QualifiedName, Reference, UserName, VersionNumber,
+        VersionSelector, did_you_mean,
     },
 };
 
@@ -88,9 +86,7 @@ impl<R: RecordStore> StoreCatalog<R> {
         match self.records.get(key, RECORD_LIMIT).await {
             Ok(bytes) => Ok(Some(bytes)),
             Err(OriginError::NotFound { .. }) => Ok(None),
-            Err(OriginError::TooLarge { .. }) => Err(self.damaged(key)(Damage::Size {
-                limit: RECORD_LIMIT,
-            })),
+            Err(OriginError::TooLarge { .. }) => Err(self.damaged(key)(Damage::Size { limit: RECORD_LIMIT })),
             Err(error) => Err(origin("reading the catalog")(error)),
         }
     }
@@ -126,10 +122,7 @@ impl<R: RecordStore> StoreCatalog<R> {
     }
 
     /// The names one level below `prefix`; what is there and is no name is none of ours.
-    async fn children<T: std::str::FromStr + Ord>(
-        &self,
-        prefix: &str,
-    ) -> Result<Vec<T>, CatalogError> {
+    async fn children<T: std::str::FromStr + Ord>(&self, prefix: &str) -> Result<Vec<T>, CatalogError> {
         let level = self.level(prefix).await?;
         let mut names: Vec<T> = level
             .prefixes
@@ -181,10 +174,7 @@ impl<R: RecordStore> StoreCatalog<R> {
             let near = did_you_mean(name.owner.as_str(), owners.iter().map(UserName::as_str));
             return Ok(CatalogError::NoSuchUser {
                 user: name.owner.clone(),
-                did_you_mean: owners
-                    .iter()
-                    .find(|owner| Some(owner.as_str()) == near)
-                    .cloned(),
+                did_you_mean: owners.iter().find(|owner| Some(owner.as_str()) == near).cloned(),
             });
         }
         let near = did_you_mean(
@@ -196,16 +186,12 @@ impl<R: RecordStore> StoreCatalog<R> {
             .find(|datastore| Some(datastore.as_str()) == near);
         Ok(CatalogError::NoSuchDatastore {
             name: name.clone(),
-            did_you_mean: near
-                .map(|datastore| QualifiedName::new(name.owner.clone(), datastore.clone())),
+            did_you_mean: near.map(|datastore| QualifiedName::new(name.owner.clone(), datastore.clone())),
         })
     }
 
     /// `imagenet` was typed and I have none: somebody else who has is the best guess.
-    async fn owned_by_another(
-        &self,
-        name: &QualifiedName,
-    ) -> Result<Option<QualifiedName>, CatalogError> {
+    async fn owned_by_another(&self, name: &QualifiedName) -> Result<Option<QualifiedName>, CatalogError> {
         let owners = self
             .owners()
             .await?
@@ -238,8 +224,7 @@ impl<R: RecordStore> StoreCatalog<R> {
             .and_then(|digits| digits.parse().ok());
         let did_you_mean = match number {
             Some(number) if versions.contains(&number) => Some(number.to_string()),
-            _ => did_you_mean(alias.as_str(), aliases.iter().map(AliasName::as_str))
-                .map(str::to_owned),
+            _ => did_you_mean(alias.as_str(), aliases.iter().map(AliasName::as_str)).map(str::to_owned),
         };
         Ok(CatalogError::NoSuchAlias {
             name: name.clone(),
@@ -265,11 +250,7 @@ impl<R: RecordStore> StoreCatalog<R> {
         Ok(aliases)
     }
 
-    async fn resolve_as(
-        &self,
-        reference: &Reference,
-        name: QualifiedName,
-    ) -> Result<Record, CatalogError> {
+    async fn resolve_as(&self, reference: &Reference, name: QualifiedName) -> Result<Record, CatalogError> {
         let version = match &reference.version {
             VersionSelector::Number(version) => *version,
             VersionSelector::Latest => {
@@ -322,10 +303,7 @@ impl<R: RecordStore> Catalog for StoreCatalog<R> {
                 let near = did_you_mean(owner.as_str(), owners.iter().map(UserName::as_str));
                 Err(CatalogError::NoSuchUser {
                     user: owner.clone(),
-                    did_you_mean: owners
-                        .iter()
-                        .find(|owner| Some(owner.as_str()) == near)
-                        .cloned(),
+                    did_you_mean: owners.iter().find(|owner| Some(owner.as_str()) == near).cloned(),
                 })
             }
             _ => Ok(summaries),
@@ -353,19 +331,15 @@ impl<R: RecordStore> Catalog for StoreCatalog<R> {
 
     async fn aliases(&self, name: &QualifiedName) -> Result<Vec<Alias>, CatalogError> {
         self.versions(name).await?;
-        let aliases: Vec<Option<Alias>> = stream::iter(
-            self.alias_names(name)
-                .await?
-                .into_iter()
-                .map(async |alias| {
-                    // Removed since it was listed: not an alias any more.
-                    let version = self.find_alias(name, &alias).await?;
-                    Ok::<_, CatalogError>(version.map(|version| Alias { alias, version }))
-                }),
-        )
-        .buffered(LISTINGS)
-        .try_collect()
-        .await?;
+        let aliases: Vec<Option<Alias>> =
+            stream::iter(self.alias_names(name).await?.into_iter().map(async |alias| {
+                // Removed since it was listed: not an alias any more.
+                let version = self.find_alias(name, &alias).await?;
+                Ok::<_, CatalogError>(version.map(|version| Alias { alias, version }))
+            }))
+            .buffered(LISTINGS)
+            .try_collect()
+            .await?;
         Ok(aliases.into_iter().flatten().collect())
     }
 
@@ -390,11 +364,7 @@ impl<R: RecordStore> Catalog for StoreCatalog<R> {
             .map_err(origin("writing the alias"))
     }
 
-    async fn remove_alias(
-        &self,
-        name: &QualifiedName,
-        alias: &AliasName,
-    ) -> Result<(), CatalogError> {
+    async fn remove_alias(&self, name: &QualifiedName, alias: &AliasName) -> Result<(), CatalogError> {
         let key = layout::alias(name, alias);
         // Its bytes do not matter: a damaged alias can be removed too.
         if self.read(&key).await?.is_none() {
@@ -468,11 +438,7 @@ fn encode_alias(name: &QualifiedName, alias: &Alias) -> Result<Vec<u8>, serde_js
     sealed::seal("alias", &stored)
 }
 
-fn decode_alias(
-    name: &QualifiedName,
-    alias: &AliasName,
-    bytes: &[u8],
-) -> Result<VersionNumber, Damage> {
+fn decode_alias(name: &QualifiedName, alias: &AliasName, bytes: &[u8]) -> Result<VersionNumber, Damage> {
     let stored: StoredAlias = sealed::unseal("alias", StoredAlias::FORMAT, bytes)?;
     sealed::at_home(name, &stored.name)?;
     sealed::at_home(alias, &stored.alias)?;

@@ -32,17 +32,21 @@ pub fn open_to_publish(settings: &Settings) -> Result<Arc<dyn Catalog>, CliError
 }
 
 fn make_directory(catalog: &StoreUrl) -> Result<(), CliError> {
-    let StoreKind::File(dir) = catalog.kind() else { return Ok(()) };
+    let StoreKind::File(dir) = catalog.kind() else {
+        return Ok(());
+    };
     std::fs::create_dir_all(&dir)
         .map_err(|error| CliError::Failed(format!("the catalog {catalog} cannot be made: {error}").into()))
 }
 
 fn connect(settings: &Settings) -> Result<Arc<dyn Catalog>, CliError> {
-    let store_settings = config::store_settings().into_iter().collect();
-    catalog::open(&settings.catalog.value, &store_settings, &Deadlines::control()).map_err(|error| match error {
-        error @ catalog::CatalogError::UnsupportedScheme { .. } => CliError::usage(error),
-        error => CliError::failed(error),
-    })
+    let store_settings = config::store_settings()?;
+    catalog::open(&settings.catalog.value, &store_settings, &Deadlines::control()).map_err(
+        |error| match error {
+            error @ catalog::CatalogError::UnsupportedScheme { .. } => CliError::usage(error),
+            error => CliError::failed(error),
+        },
+    )
 }
 
 pub async fn list(args: ListArgs) -> Result<(), CliError> {
@@ -90,7 +94,10 @@ pub async fn info(args: InfoArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of(&args.catalog, &Default::default()))?;
     let reference: Reference = args.reference.parse().map_err(CliError::usage)?;
     let catalog = open(&settings)?;
-    let record = catalog.resolve(&reference, &settings.user.value).await.map_err(CliError::failed)?;
+    let record = catalog
+        .resolve(&reference, &settings.user.value)
+        .await
+        .map_err(CliError::failed)?;
     let name = record.name();
     let (versions, aliases) =
         futures::try_join!(catalog.versions(&name), catalog.aliases(&name)).map_err(CliError::failed)?;
@@ -98,7 +105,12 @@ pub async fn info(args: InfoArgs) -> Result<(), CliError> {
         OriginLocation::Catalog => catalog.store().url().clone(),
         OriginLocation::Url(url) => url.clone(),
     };
-    let info = Info { record, origin_url, versions, aliases };
+    let info = Info {
+        record,
+        origin_url,
+        versions,
+        aliases,
+    };
     if args.output.json {
         output::print_json(&info);
     } else {
@@ -110,11 +122,21 @@ pub async fn info(args: InfoArgs) -> Result<(), CliError> {
 fn text(info: &Info) -> String {
     let record = &info.record;
     let versions: Vec<String> = info.versions.iter().map(ToString::to_string).collect();
-    let aliases: Vec<String> =
-        info.aliases.iter().map(|alias| format!("{} → {}", alias.alias, alias.version)).collect();
+    let aliases: Vec<String> = info
+        .aliases
+        .iter()
+        .map(|alias| format!("{} → {}", alias.alias, alias.version))
+        .collect();
     let mut rows = vec![
         ("reference", record.reference().to_string()),
-        ("size", format!("{} ({} bytes)", output::bytes(record.totals.bytes), record.totals.bytes)),
+        (
+            "size",
+            format!(
+                "{} ({} bytes)",
+                output::bytes(record.totals.bytes),
+                record.totals.bytes
+            ),
+        ),
         (
             "holds",
             format!(
@@ -122,14 +144,19 @@ fn text(info: &Info) -> String {
                 record.totals.files, record.totals.directories, record.totals.symlinks
             ),
         ),
-        ("created", record.created.strftime("%Y-%m-%d %H:%M:%SZ").to_string()),
+        (
+            "created",
+            record.created.strftime("%Y-%m-%d %H:%M:%SZ").to_string(),
+        ),
         ("origin", info.origin_url.to_string()),
         ("message", record.message.clone()),
         ("versions", versions.join(", ")),
         ("aliases", aliases.join(", ")),
     ];
     rows.retain(|(_, value)| !value.is_empty());
-    rows.into_iter().map(|(key, value)| format!("{key:10} {value}\n")).collect()
+    rows.into_iter()
+        .map(|(key, value)| format!("{key:10} {value}\n"))
+        .collect()
 }
 
 pub async fn alias(args: AliasArgs) -> Result<(), CliError> {
@@ -139,13 +166,30 @@ pub async fn alias(args: AliasArgs) -> Result<(), CliError> {
     let catalog = open(&settings)?;
     if args.remove {
         let name = reference.qualify(&settings.user.value);
-        catalog.remove_alias(&name, &alias).await.map_err(CliError::failed)?;
+        catalog
+            .remove_alias(&name, &alias)
+            .await
+            .map_err(CliError::failed)?;
         output::print(&format!("{name} has no alias {alias} any more\n"));
         return Ok(());
     }
-    let record = catalog.resolve(&reference, &settings.user.value).await.map_err(CliError::failed)?;
-    let alias = Alias { alias, version: record.version };
-    catalog.set_alias(&record.name(), &alias).await.map_err(CliError::failed)?;
-    output::print(&format!("{}/{} is {}\n", record.name(), alias.alias, record.reference()));
+    let record = catalog
+        .resolve(&reference, &settings.user.value)
+        .await
+        .map_err(CliError::failed)?;
+    let alias = Alias {
+        alias,
+        version: record.version,
+    };
+    catalog
+        .set_alias(&record.name(), &alias)
+        .await
+        .map_err(CliError::failed)?;
+    output::print(&format!(
+        "{}/{} is {}\n",
+        record.name(),
+        alias.alias,
+        record.reference()
+    ));
     Ok(())
 }

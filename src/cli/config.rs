@@ -4,12 +4,13 @@ use std::{collections::BTreeMap, env, io, path::Path};
 
 use super::{
     CliError,
-    args::{AgentSettingArgs, CatalogArgs, ConfigArgs},
+    args::{AgentSettingArgs, CatalogArgs, ConfigArgs, MountArgs},
     output,
 };
 use crate::{
     agent::{AgentConfig, CacheConfig, FetchConfig, VerifyPolicy},
-    config::{self, Inputs, Settings},
+    config::{Inputs, Settings},
+    origin::StoreSettings,
 };
 
 /// What the flags say, by setting.
@@ -17,8 +18,18 @@ use crate::{
 pub struct Overrides(BTreeMap<&'static str, String>);
 
 impl Overrides {
+    /// Of a mount: its prefetching besides.
+    pub fn of_mount(args: &MountArgs) -> Self {
+        let mut overrides = Self::of(&args.catalog, &args.agent);
+        if let Some(prefetch) = &args.prefetch {
+            overrides.0.insert("prefetch", prefetch.clone());
+        }
+        overrides
+    }
+
     pub fn of(catalog: &CatalogArgs, agent: &AgentSettingArgs) -> Self {
-        let path = |path: &Option<std::path::PathBuf>| path.as_ref().map(|path| path.to_string_lossy().into_owned());
+        let path =
+            |path: &Option<std::path::PathBuf>| path.as_ref().map(|path| path.to_string_lossy().into_owned());
         let given = [
             ("catalog", catalog.catalog.clone()),
             ("user", catalog.user.clone()),
@@ -29,7 +40,12 @@ impl Overrides {
             ("connections", agent.connections.clone()),
             ("read_deadline", agent.read_deadline.clone()),
         ];
-        Self(given.into_iter().filter_map(|(key, value)| Some((key, value?))).collect())
+        Self(
+            given
+                .into_iter()
+                .filter_map(|(key, value)| Some((key, value?)))
+                .collect(),
+        )
     }
 }
 
@@ -38,7 +54,10 @@ pub fn load(overrides: &Overrides) -> Result<Settings, CliError> {
         flags: overrides.0.clone(),
         environment: unicode_environment().collect(),
         host_file: None,
-        login: nix::unistd::User::from_uid(nix::unistd::geteuid()).ok().flatten().map(|user| user.name),
+        login: nix::unistd::User::from_uid(nix::unistd::geteuid())
+            .ok()
+            .flatten()
+            .map(|user| user.name),
         is_root: nix::unistd::geteuid().is_root(),
     };
     Settings::load(&inputs).map_err(CliError::usage)
@@ -49,10 +68,9 @@ fn unicode_environment() -> impl Iterator<Item = (String, String)> {
     env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
 }
 
-/// The caller's object-store settings: they travel with each request.
-pub fn store_settings() -> BTreeMap<String, String> {
-    let home = env::var("HOME").ok().map(|home| ("HOME".to_owned(), home));
-    config::store_variables(unicode_environment()).chain(home).collect()
+/// The caller's object-store settings, profile included: they travel with each request.
+pub fn store_settings() -> Result<StoreSettings, CliError> {
+    StoreSettings::from_env().map_err(CliError::failed)
 }
 
 /// The `agent` subcommand's flags that give a new agent these settings.
@@ -60,7 +78,7 @@ pub fn agent_arguments(settings: &Settings) -> Vec<String> {
     settings
         .explain()
         .into_iter()
-        .filter(|line| !matches!(line.key, "catalog" | "user"))
+        .filter(|line| !matches!(line.key, "catalog" | "user" | "prefetch"))
         .map(|line| format!("--{}={}", line.key.replace('_', "-"), line.value))
         .collect()
 }
@@ -79,14 +97,18 @@ pub fn agent_config(settings: &Settings) -> Result<AgentConfig, CliError> {
             connections: usize::from(settings.connections.value),
             memory_limit: settings.memory_limit.value.0,
             read_deadline: settings.read_deadline.value,
-            // Enough to keep 64 connections of 90 MB/s busy for 20 ms; more only fills memory.
-            max_readahead: 128 << 20,
+            // An extent for each of 32 connections, which then wait little for first bytes; a quarter of the
+            // memory is the tighter bound.
+            max_readahead: 256 << 20,
         },
     })
 }
 
 fn disk_size(dir: &Path) -> io::Result<u64> {
-    let existing = dir.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"));
+    let existing = dir
+        .ancestors()
+        .find(|ancestor| ancestor.exists())
+        .unwrap_or(Path::new("/"));
     let statistics = nix::sys::statvfs::statvfs(existing)?;
     Ok(statistics.blocks().saturating_mul(statistics.fragment_size()))
 }
@@ -98,8 +120,10 @@ pub fn show(args: &ConfigArgs) -> Result<(), CliError> {
         output::print_json(&explained);
         return Ok(());
     }
-    let rows: Vec<Vec<String>> =
-        explained.into_iter().map(|line| vec![line.key.to_owned(), line.value, line.source]).collect();
+    let rows: Vec<Vec<String>> = explained
+        .into_iter()
+        .map(|line| vec![line.key.to_owned(), line.value, line.source])
+        .collect();
     output::print(&output::table(&["SETTING", "VALUE", "FROM"], &rows));
     Ok(())
 }

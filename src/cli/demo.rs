@@ -13,10 +13,17 @@ const DEMO_BYTES: u64 = 64 << 20;
 
 pub fn demo(args: &DemoArgs) -> Result<(), CliError> {
     if !Path::new("/dev/fuse").exists() {
-        return Err(CliError::Failed("there is no /dev/fuse here; `modprobe fuse` as root makes it".into()));
+        return Err(CliError::Failed(
+            "there is no /dev/fuse here; `modprobe fuse` as root makes it".into(),
+        ));
     }
-    let dir = tempfile::Builder::new().prefix("grid-mount-demo-").tempdir().map_err(CliError::failed)?;
-    let world = World { dir: dir.path().to_owned() };
+    let dir = tempfile::Builder::new()
+        .prefix("grid-mount-demo-")
+        .tempdir()
+        .map_err(CliError::failed)?;
+    let world = World {
+        dir: dir.path().to_owned(),
+    };
     let result = world.play(args);
     if args.keep && result.is_ok() {
         let dir = dir.keep();
@@ -44,8 +51,9 @@ impl World {
         }
         let from = match &args.data {
             Some(dir) => dir.clone(),
-            None => real_data()
-                .ok_or_else(|| CliError::Failed("no data set found to show; name one with --data DIR".into()))?,
+            None => real_data().ok_or_else(|| {
+                CliError::Failed("no data set found to show; name one with --data DIR".into())
+            })?,
         };
         let copied = copy_some(&from, &source).map_err(CliError::failed)?;
         output::print(&format!("# {} from {}\n", output::bytes(copied), from.display()));
@@ -58,7 +66,14 @@ impl World {
         let largest = largest_file(&source).map_err(CliError::failed)?;
         let inside = Path::new(&one).join(&largest);
         let original = source.join(&largest);
-        self.run_shown("cmp", &["--verbose", &inside.to_string_lossy(), &original.to_string_lossy()])?;
+        self.run_shown(
+            "cmp",
+            &[
+                "--verbose",
+                &inside.to_string_lossy(),
+                &original.to_string_lossy(),
+            ],
+        )?;
         output::print("  (equal: read through the mount, fetched on the way)\n");
         self.show(&["status"])?;
 
@@ -67,7 +82,10 @@ impl World {
         let two = self.dir.join("mnt/2").to_string_lossy().into_owned();
         self.show(&["sample", &two])?;
         let listed = self.run("diff", &["-rq", &one, &two]).map_err(CliError::failed)?;
-        output::print(&format!("$ diff -rq {one} {two}\n{}", String::from_utf8_lossy(&listed.stdout)));
+        output::print(&format!(
+            "$ diff -rq {one} {two}\n{}",
+            String::from_utf8_lossy(&listed.stdout)
+        ));
         self.show(&["status"])?;
         if !args.keep {
             self.show(&["unmount", "--all"])?;
@@ -93,7 +111,10 @@ impl World {
     }
 
     fn run(&self, program: &str, arguments: &[&str]) -> io::Result<Output> {
-        Command::new(program).args(arguments).envs(self.environment()).output()
+        Command::new(program)
+            .args(arguments)
+            .envs(self.environment())
+            .output()
     }
 
     /// A catalog, a cache and an agent that nobody else uses.
@@ -113,7 +134,8 @@ impl World {
 
     /// How the user reaches this world's agent.
     fn spoken_command(&self) -> String {
-        let program = env::current_exe().map_or_else(|_| "grid-mount".into(), |path| path.display().to_string());
+        let program =
+            env::current_exe().map_or_else(|_| "grid-mount".into(), |path| path.display().to_string());
         format!("XDG_RUNTIME_DIR={} {program}", self.dir.join("run").display())
     }
 }
@@ -122,11 +144,17 @@ fn told(done: &Output) -> Result<(), CliError> {
     output::print(&String::from_utf8_lossy(&done.stdout));
     let said = String::from_utf8_lossy(&done.stderr);
     if done.status.success() {
-        said.lines().for_each(|line| output::print(&format!("  {line}\n")));
+        said.lines()
+            .for_each(|line| output::print(&format!("  {line}\n")));
         return Ok(());
     }
     let said = said.trim();
-    Err(CliError::Failed(said.strip_prefix("grid-mount: ").unwrap_or(said).to_owned().into()))
+    Err(CliError::Failed(
+        said.strip_prefix("grid-mount: ")
+            .unwrap_or(said)
+            .to_owned()
+            .into(),
+    ))
 }
 
 fn private_directory(path: &Path) -> io::Result<()> {
@@ -137,17 +165,26 @@ fn private_directory(path: &Path) -> io::Result<()> {
 /// What the toolchain ships, else what every system has.
 fn real_data() -> Option<PathBuf> {
     let rustc = Command::new("rustc").args(["--print", "sysroot"]).output().ok();
-    let sysroot = rustc.filter(|output| output.status.success()).map(|output| {
-        Path::new(String::from_utf8_lossy(&output.stdout).trim()).join("lib/rustlib")
-    });
-    sysroot.into_iter().chain([PathBuf::from("/usr/share"), PathBuf::from("/usr/lib")]).find(|dir| dir.is_dir())
+    let sysroot = rustc
+        .filter(|output| output.status.success())
+        .map(|output| Path::new(String::from_utf8_lossy(&output.stdout).trim()).join("lib/rustlib"));
+    sysroot
+        .into_iter()
+        .chain([PathBuf::from("/usr/share"), PathBuf::from("/usr/lib")])
+        .find(|dir| dir.is_dir())
 }
 
 /// Copies files of `from`, with their directories, until there are [`DEMO_BYTES`].
 fn copy_some(from: &Path, to: &Path) -> io::Result<u64> {
     let mut copied = 0;
-    for entry in walkdir::WalkDir::new(from).sort_by_file_name().into_iter().filter_map(Result::ok) {
-        let Ok(below) = entry.path().strip_prefix(from) else { continue };
+    for entry in walkdir::WalkDir::new(from)
+        .sort_by_file_name()
+        .into_iter()
+        .filter_map(Result::ok)
+    {
+        let Ok(below) = entry.path().strip_prefix(from) else {
+            continue;
+        };
         if entry.file_type().is_file() && copied < DEMO_BYTES {
             let target = to.join(below);
             if let Some(parent) = target.parent() {

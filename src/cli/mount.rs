@@ -3,6 +3,7 @@
 use std::{
     env,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use super::{
@@ -13,7 +14,8 @@ use super::{
 };
 use crate::{
     agent::{
-        client::{Client, ClientError},
+        self,
+        client::Client,
         control::{MountInfo, MountRequest, UnmountOutcome, UnmountRequest, UnmountTarget},
         launch::{self, RuntimeDir, SYSTEM_SOCKET},
     },
@@ -21,11 +23,12 @@ use crate::{
     reference::{DatastoreName, Reference},
 };
 
-/// An agent may be ending just as it is asked for something; a new one is then started.
-const AGENT_TRIES: usize = 5;
+/// An agent may be ending just as it is asked for something; a new one is then started, once it has.
+pub const AGENT_TRIES: usize = 50;
+pub const AGENT_PAUSE: Duration = Duration::from_millis(100);
 
 pub async fn mount(args: MountArgs) -> Result<(), CliError> {
-    let settings = config::load(&Overrides::of(&args.catalog, &args.agent))?;
+    let settings = config::load(&Overrides::of_mount(&args))?;
     let request = request(&args, &settings)?;
     let mut last = None;
     for _ in 0..AGENT_TRIES {
@@ -38,9 +41,10 @@ pub async fn mount(args: MountArgs) -> Result<(), CliError> {
                 show(&args, &info);
                 return Ok(());
             }
-            Err(error @ (ClientError::NoAgent { .. } | ClientError::Gone { .. })) => last = Some(error),
+            Err(error) if error.is_absence() => last = Some(error),
             Err(error) => return Err(CliError::failed(error)),
         }
+        tokio::time::sleep(AGENT_PAUSE).await;
     }
     Err(last.map_or(CliError::Told, CliError::failed))
 }
@@ -48,7 +52,9 @@ pub async fn mount(args: MountArgs) -> Result<(), CliError> {
 /// What the agent is asked: everything that concerns the caller.
 pub fn request(args: &MountArgs, settings: &Settings) -> Result<MountRequest, CliError> {
     let Some(typed) = &args.reference else {
-        return Err(CliError::Usage("name what to mount: user:datastore/version".into()));
+        return Err(CliError::Usage(
+            "name what to mount: user:datastore/version".into(),
+        ));
     };
     let reference: Reference = typed.parse().map_err(CliError::usage)?;
     let mount_point = match &args.mount_point {
@@ -60,8 +66,9 @@ pub fn request(args: &MountArgs, settings: &Settings) -> Result<MountRequest, Cl
         mount_point,
         catalog: settings.catalog.value.clone(),
         user: settings.user.value.clone(),
-        store_settings: config::store_settings(),
+        store_settings: config::store_settings()?,
         io_mode: args.io_mode.into(),
+        prefetch: settings.prefetch.value,
     })
 }
 
@@ -125,7 +132,7 @@ pub async fn connect(args: &SocketArgs) -> Result<Option<Client>, CliError> {
     let own = Client::new(&runtime_dir()?.socket());
     match own.agent().await {
         Ok(_) => Ok(Some(own)),
-        Err(ClientError::NoAgent { .. } | ClientError::Gone { .. }) => Ok(None),
+        Err(error) if error.is_absence() => Ok(None),
         Err(error) => Err(CliError::failed(error)),
     }
 }
@@ -135,7 +142,11 @@ pub fn named_socket(args: &SocketArgs) -> Option<PathBuf> {
     if args.own_agent {
         return None;
     }
-    let from_environment = || env::var_os("GRID_MOUNT_SOCKET").filter(|path| !path.is_empty()).map(PathBuf::from);
+    let from_environment = || {
+        env::var_os("GRID_MOUNT_SOCKET")
+            .filter(|path| !path.is_empty())
+            .map(PathBuf::from)
+    };
     args.socket.clone().or_else(from_environment)
 }
 
@@ -144,7 +155,7 @@ pub fn runtime_dir() -> Result<RuntimeDir, CliError> {
     RuntimeDir::of_user(xdg.as_deref()).map_err(CliError::failed)
 }
 
-fn start_agent(settings: &Settings) -> Result<Client, CliError> {
+pub fn start_agent(settings: &Settings) -> Result<Client, CliError> {
     let runtime = runtime_dir()?;
     let program = env::current_exe().map_err(CliError::failed)?;
     launch::start(&runtime, &program, &config::agent_arguments(settings)).map_err(CliError::failed)?;
@@ -154,16 +165,34 @@ fn start_agent(settings: &Settings) -> Result<Client, CliError> {
 pub async fn unmount(args: UnmountArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of(&args.catalog, &Default::default()))?;
     let target = target(&args, &settings)?;
-    let Some(client) = connect(&args.socket).await? else {
-        if args.all {
-            return report(&args, &[]);
-        }
-        let what = args.target.as_deref().unwrap_or_default();
-        return Err(CliError::Failed(format!("{what} is not mounted: no agent is running").into()));
+    let request = UnmountRequest {
+        target,
+        lazy: args.lazy,
     };
-    let outcomes =
-        client.unmount(&UnmountRequest { target, lazy: args.lazy }).await.map_err(CliError::failed)?;
-    report(&args, &outcomes)
+    let outcomes = match connect(&args.socket).await? {
+        None => None,
+        Some(client) => match client.unmount(&request).await {
+            Ok(outcomes) => Some(outcomes),
+            // It has ended with its last mount since it was asked whether it is there.
+            Err(error) if error.is_absence() => None,
+            Err(error) => return Err(CliError::failed(error)),
+        },
+    };
+    match outcomes {
+        Some(outcomes) => report(&args, &outcomes),
+        None if args.all => report(&args, &[]),
+        None => {
+            if let UnmountTarget::MountPoint(path) = &request.target
+                && let Some(outcome) = agent::unmount_orphan(path, args.lazy)
+            {
+                return report(&args, &[outcome]);
+            }
+            let what = args.target.as_deref().unwrap_or_default();
+            Err(CliError::Failed(
+                format!("{what} is not mounted: no agent is running").into(),
+            ))
+        }
+    }
 }
 
 fn report(args: &UnmountArgs, outcomes: &[UnmountOutcome]) -> Result<(), CliError> {
@@ -175,10 +204,15 @@ fn report(args: &UnmountArgs, outcomes: &[UnmountOutcome]) -> Result<(), CliErro
         let place = outcome.mount_point.display();
         match &outcome.error {
             Some(error) => {
-                output::note(&format!("grid-mount: {} is still at {place}: {error}", outcome.reference));
+                output::note(&format!(
+                    "grid-mount: {} is still at {place}: {error}",
+                    outcome.reference
+                ));
                 result = Err(CliError::Told);
             }
-            None if !args.output.json => output::print(&format!("{} is no longer at {place}\n", outcome.reference)),
+            None if !args.output.json => {
+                output::print(&format!("{} is no longer at {place}\n", outcome.reference))
+            }
             None => {}
         }
     }
@@ -195,5 +229,8 @@ fn target(args: &UnmountArgs, settings: &Settings) -> Result<UnmountTarget, CliE
         return Ok(UnmountTarget::MountPoint(absolute(Path::new(typed))?));
     }
     let _: Reference = typed.parse().map_err(CliError::usage)?;
-    Ok(UnmountTarget::Reference { reference: typed.to_owned(), user: settings.user.value.clone() })
+    Ok(UnmountTarget::Reference {
+        reference: typed.to_owned(),
+        user: settings.user.value.clone(),
+    })
 }

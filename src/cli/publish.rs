@@ -45,7 +45,7 @@ pub async fn register(args: RegisterArgs) -> Result<(), CliError> {
     let (settings, name) = prepare(&args.catalog, &args.name)?;
     let url: StoreUrl = args.url.parse().map_err(CliError::usage)?;
     let catalog = open_to_publish(&settings)?;
-    let store_settings = config::store_settings().into_iter().collect();
+    let store_settings = config::store_settings()?;
     let store = Store::open(&url, &store_settings, &Deadlines::control()).map_err(CliError::failed)?;
     let scratch = tempfile::tempdir().map_err(CliError::failed)?;
     let mut options = PublishOptions::new(scratch.path());
@@ -86,7 +86,11 @@ async fn finish(
     let published = published.map_err(CliError::failed)?;
     let reference = published.record.reference().to_string();
     if output.json {
-        output::print_json(&Outcome { reference, record: &published.record, report: &published.report });
+        output::print_json(&Outcome {
+            reference,
+            record: &published.record,
+            report: &published.report,
+        });
         return Ok(());
     }
     summarize(&published);
@@ -106,10 +110,17 @@ fn summarize(published: &Published) {
         report.unchanged_files,
     ));
     if report.hard_linked_files > 0 {
-        output::note(&format!("{} hard-linked names became files of their own", report.hard_linked_files));
+        output::note(&format!(
+            "{} hard-linked names became files of their own",
+            report.hard_linked_files
+        ));
     }
     for (reason, skipped) in &report.skipped.reasons {
-        let more = if skipped.count > skipped.examples.len() as u64 { ", …" } else { "" };
+        let more = if skipped.count > skipped.examples.len() as u64 {
+            ", …"
+        } else {
+            ""
+        };
         output::note(&format!(
             "{} left out ({}): {}{more}",
             skipped.count,

@@ -13,20 +13,31 @@ struct Status {
 }
 
 pub async fn status(args: StatusArgs) -> Result<(), CliError> {
-    let status = match connect(&args.socket).await? {
-        None => Status { agent: None, mounts: Vec::new() },
-        Some(client) => {
-            let agent = client.agent().await.map_err(CliError::failed)?;
-            let mounts = client.mounts().await.map_err(CliError::failed)?;
-            Status { agent: Some(agent), mounts }
-        }
-    };
+    let status = ask(&args).await?.unwrap_or(Status {
+        agent: None,
+        mounts: Vec::new(),
+    });
     if args.output.json {
         output::print_json(&status);
     } else {
         output::print(&text(&status));
     }
     Ok(())
+}
+
+/// `None` where no agent runs, or it ends just now.
+async fn ask(args: &StatusArgs) -> Result<Option<Status>, CliError> {
+    let Some(client) = connect(&args.socket).await? else {
+        return Ok(None);
+    };
+    match futures::try_join!(client.agent(), client.mounts()) {
+        Ok((agent, mounts)) => Ok(Some(Status {
+            agent: Some(agent),
+            mounts,
+        })),
+        Err(error) if error.is_absence() => Ok(None),
+        Err(error) => Err(CliError::failed(error)),
+    }
 }
 
 fn text(status: &Status) -> String {
@@ -51,7 +62,10 @@ fn text(status: &Status) -> String {
                 ]
             })
             .collect();
-        text.push_str(&output::table(&["REFERENCE", "MOUNT POINT", "FILES", "SIZE", "I/O MODE", "SINCE"], &rows));
+        text.push_str(&output::table(
+            &["REFERENCE", "MOUNT POINT", "FILES", "SIZE", "I/O MODE", "SINCE"],
+            &rows,
+        ));
     }
     text.push_str(&format!(
         "\nagent {} (pid {}), cache {}: {} of {} used\nread from the cache {}, from origins {} in {} requests ({} retries)\n",

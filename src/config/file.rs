@@ -22,19 +22,38 @@ impl FileSettings {
     pub fn read(path: &Path) -> Result<Option<Self>, ConfigError> {
         let text = match fs::read_to_string(path) {
             Ok(text) => text,
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                ) =>
+            {
                 return Ok(None);
             }
-            Err(source) => return Err(ConfigError::Read { path: path.to_owned(), source }),
+            Err(source) => {
+                return Err(ConfigError::Read {
+                    path: path.to_owned(),
+                    source,
+                });
+            }
         };
         Self::parse(path, &text).map(Some)
     }
 
     pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
-        let error = |line, message| ConfigError::File { path: path.to_owned(), line, message };
+        let error = |line, message| ConfigError::File {
+            path: path.to_owned(),
+            line,
+            message,
+        };
         let line_of = |offset: usize| text[..offset.min(text.len())].matches('\n').count() + 1;
         let table: BTreeMap<toml::Spanned<String>, toml::Spanned<toml::Value>> = toml::from_str(text)
-            .map_err(|failure| error(line_of(failure.span().map_or(0, |span| span.start)), failure.message().to_owned()))?;
+            .map_err(|failure| {
+                error(
+                    line_of(failure.span().map_or(0, |span| span.start)),
+                    failure.message().to_owned(),
+                )
+            })?;
         let mut values = BTreeMap::new();
         for (key, value) in table {
             let line = line_of(key.span().start);
@@ -46,12 +65,18 @@ impl FileSettings {
                 toml::Value::String(text) => text,
                 toml::Value::Integer(number) => number.to_string(),
                 other => {
-                    return Err(error(line, format!("{key}: a {} cannot be its value", other.type_str())));
+                    return Err(error(
+                        line,
+                        format!("{key}: a {} cannot be its value", other.type_str()),
+                    ));
                 }
             };
             values.insert(key, (value, line));
         }
-        Ok(Self { path: path.to_owned(), values })
+        Ok(Self {
+            path: path.to_owned(),
+            values,
+        })
     }
 }
 

@@ -12,6 +12,9 @@ use crate::{
 
 const OWNER: Owner = Owner { uid: 1000, gid: 1001 };
 
+/// Inode, bytes read, bytes of the file.
+type Advice = (Ino, Range<u64>, Range<u64>);
+
 /// Objects in memory; the first `cached` bytes of each are at hand.
 #[derive(Default)]
 struct InMemory {
@@ -19,7 +22,7 @@ struct InMemory {
     cached: AtomicU64,
     /// Answers one byte too few.
     short: bool,
-    advised: Mutex<Vec<(Ino, Range<u64>, Range<u64>)>>,
+    advised: Mutex<Vec<Advice>>,
 }
 
 #[async_trait]

@@ -13,6 +13,9 @@ const VERSION_ID: &[u8] = b"user.grid.version-id";
 const KEY: &[u8] = b"user.grid.key";
 const CACHED: &[u8] = b"user.grid.cached";
 
+/// An attribute's name and value.
+type Named = (&'static [u8], Vec<u8>);
+
 impl GridFs {
     /// The value of one attribute.
     pub fn xattr(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>, FsError> {
@@ -38,7 +41,7 @@ impl GridFs {
         Ok(names)
     }
 
-    fn xattrs(&self, ino: Ino) -> Result<Vec<(&'static [u8], Vec<u8>)>, FsError> {
+    fn xattrs(&self, ino: Ino) -> Result<Vec<Named>, FsError> {
         let reference = (REFERENCE, self.reference().as_bytes().to_vec());
         match self.entry(ino)?.kind {
             // Linux knows no `user.*` attributes on symbolic links.

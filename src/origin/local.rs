@@ -103,9 +103,7 @@ impl LocalStore {
             // A hard link, unlike a rename, never replaces.
             match fs::hard_link(&staged, &path) {
                 Ok(()) => Ok(PutOutcome::Created),
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                    Ok(PutOutcome::AlreadyExists)
-                }
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(PutOutcome::AlreadyExists),
                 Err(error) => Err(error),
             }
         })();

@@ -36,10 +36,9 @@ pub(super) fn build(
     };
     let options = || {
         ClientOptions::new()
-            // The whole request has no deadline of its own: its parts have.
+            // The whole request has no deadline of its own: its parts have (`http::Service`).
             .with_timeout_disabled()
             .with_connect_timeout(deadlines.connect)
-            .with_read_timeout(deadlines.read)
             .with_pool_idle_timeout(Duration::from_secs(30))
     };
     let retry = RetryConfig {
@@ -50,6 +49,7 @@ pub(super) fn build(
     let connector = || Connector {
         tally: Arc::clone(tally),
         first_byte: deadlines.first_byte,
+        read: deadlines.read,
         credential_hosts: CREDENTIAL_HOSTS,
     };
     macro_rules! configured {
@@ -80,15 +80,11 @@ pub(super) fn build(
             ]
             .iter()
             .any(|name| settings.get(name).is_some())
-                || settings
-                    .names()
-                    .any(|name| name.starts_with("AWS_CONTAINER_"));
+                || settings.names().any(|name| name.starts_with("AWS_CONTAINER_"));
             let at_amazon = endpoint
                 .as_ref()
                 .is_none_or(|endpoint| endpoint.contains(".amazonaws.com"));
-            if !has_credentials
-                && (!at_amazon || settings.get("AWS_EC2_METADATA_DISABLED") == Some("true"))
-            {
+            if !has_credentials && (!at_amazon || settings.get("AWS_EC2_METADATA_DISABLED") == Some("true")) {
                 // An endpoint that somebody named does not get this machine's own role.
                 return Err(OriginError::Credentials {
                     store: url.to_string(),
@@ -98,8 +94,7 @@ pub(super) fn build(
                     source: None,
                 });
             }
-            let mut builder =
-                object_store::aws::AmazonS3Builder::new().with_client_options(options());
+            let mut builder = object_store::aws::AmazonS3Builder::new().with_client_options(options());
             builder = configured!(
                 builder,
                 object_store::aws::AmazonS3ConfigKey,
@@ -127,8 +122,7 @@ pub(super) fn build(
             Ok((with_listing(Arc::new(store)), format!("s3+{canonical}")))
         }
         StoreKind::Gcs { bucket } => {
-            let builder =
-                object_store::gcp::GoogleCloudStorageBuilder::new().with_client_options(options());
+            let builder = object_store::gcp::GoogleCloudStorageBuilder::new().with_client_options(options());
             let builder = configured!(
                 builder,
                 object_store::gcp::GoogleConfigKey,
@@ -147,8 +141,7 @@ pub(super) fn build(
             Ok((with_listing(Arc::new(store)), format!("gs+{base}/{bucket}")))
         }
         StoreKind::Azure { container } => {
-            let builder =
-                object_store::azure::MicrosoftAzureBuilder::new().with_client_options(options());
+            let builder = object_store::azure::MicrosoftAzureBuilder::new().with_client_options(options());
             let mut builder = configured!(
                 builder,
                 object_store::azure::AzureConfigKey,

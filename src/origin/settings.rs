@@ -51,10 +51,7 @@ impl StoreSettings {
         self.0.keys().map(String::as_str)
     }
 
-    pub(super) fn family<'s>(
-        &'s self,
-        prefix: &'s str,
-    ) -> impl Iterator<Item = (&'s str, &'s str)> {
+    pub(super) fn family<'s>(&'s self, prefix: &'s str) -> impl Iterator<Item = (&'s str, &'s str)> {
         self.0
             .iter()
             .filter(move |(name, _)| name.starts_with(prefix))
@@ -95,9 +92,7 @@ impl StoreSettings {
         if let (Some(profile), false) = (&explicit, seen) {
             return Err(OriginError::Credentials {
                 store: "AWS".to_owned(),
-                reason: format!(
-                    "there is no profile {profile:?} in ~/.aws/credentials or ~/.aws/config"
-                ),
+                reason: format!("there is no profile {profile:?} in ~/.aws/credentials or ~/.aws/config"),
                 source: None,
             });
         }
@@ -238,10 +233,7 @@ mod tests {
         assert_eq!(with(&[]).unwrap().get("AWS_SECRET_ACCESS_KEY"), Some("DS"));
         let own = with(&[("AWS_ACCESS_KEY_ID", "own"), ("AWS_PROFILE", "team")]).unwrap();
         assert_eq!(
-            (
-                own.get("AWS_ACCESS_KEY_ID"),
-                own.get("AWS_SECRET_ACCESS_KEY")
-            ),
+            (own.get("AWS_ACCESS_KEY_ID"), own.get("AWS_SECRET_ACCESS_KEY")),
             (Some("own"), None)
         );
         assert!(

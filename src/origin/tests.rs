@@ -9,17 +9,8 @@ fn store(dir: &std::path::Path) -> Store {
     Store::open(&url, &StoreSettings::default(), &Deadlines::data()).unwrap()
 }
 
-async fn read(
-    store: &Store,
-    key: &str,
-    pin: &Pin,
-    range: Range<u64>,
-) -> Result<Vec<u8>, OriginError> {
-    let chunks: Vec<Bytes> = store
-        .get_range(key, pin, range)
-        .await?
-        .try_collect()
-        .await?;
+async fn read(store: &Store, key: &str, pin: &Pin, range: Range<u64>) -> Result<Vec<u8>, OriginError> {
+    let chunks: Vec<Bytes> = store.get_range(key, pin, range).await?.try_collect().await?;
     Ok(chunks.concat())
 }
 
@@ -28,10 +19,7 @@ async fn a_missing_root_is_an_error_and_stays_missing() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("absent");
     let store = store(&root);
-    assert!(matches!(
-        store.head("a").await,
-        Err(OriginError::NoBucket { .. })
-    ));
+    assert!(matches!(store.head("a").await, Err(OriginError::NoBucket { .. })));
     assert!(matches!(
         store.list_level("").await,
         Err(OriginError::NoBucket { .. })
@@ -42,10 +30,7 @@ async fn a_missing_root_is_an_error_and_stays_missing() {
     ));
     assert!(!root.exists());
     store.put("d/a", Bytes::from_static(b"x")).await.unwrap();
-    assert!(matches!(
-        store.head("b").await,
-        Err(OriginError::NotFound { .. })
-    ));
+    assert!(matches!(store.head("b").await, Err(OriginError::NotFound { .. })));
 }
 
 #[tokio::test]
@@ -112,10 +97,7 @@ async fn odd_keys_round_trip_and_list_in_key_order() {
 async fn pins_ranges_and_limits_hold() {
     let dir = tempfile::tempdir().unwrap();
     let store = store(dir.path());
-    store
-        .put("k", Bytes::from_static(b"0123456789"))
-        .await
-        .unwrap();
+    store.put("k", Bytes::from_static(b"0123456789")).await.unwrap();
     let etag = Pin::ETag(store.head("k").await.unwrap().etag.unwrap());
     assert_eq!(read(&store, "k", &etag, 2..5).await.unwrap(), b"234");
     assert!(matches!(
@@ -126,18 +108,12 @@ async fn pins_ranges_and_limits_hold() {
         store.get("k", 9).await,
         Err(OriginError::TooLarge { size: 10, .. })
     ));
-    store
-        .put("k", Bytes::from_static(b"9876543210"))
-        .await
-        .unwrap();
+    store.put("k", Bytes::from_static(b"9876543210")).await.unwrap();
     assert!(matches!(
         read(&store, "k", &etag, 2..5).await,
         Err(OriginError::Changed { .. })
     ));
-    assert_eq!(
-        read(&store, "k", &Pin::Content, 2..5).await.unwrap(),
-        b"765"
-    );
+    assert_eq!(read(&store, "k", &Pin::Content, 2..5).await.unwrap(), b"765");
 }
 
 #[tokio::test]
@@ -151,24 +127,13 @@ async fn one_of_many_wins_put_if_absent_and_nothing_is_left_behind() {
         .filter(|(_, o)| matches!(o, Ok(PutOutcome::Created)))
         .collect();
     assert_eq!(winners.len(), 1);
-    assert_eq!(
-        store.get("records/1", 4).await.unwrap().0,
-        vec![winners[0].0; 4]
-    );
+    assert_eq!(store.get("records/1", 4).await.unwrap().0, vec![winners[0].0; 4]);
 
-    let broken = stream::iter([
-        Ok(Bytes::from_static(b"half")),
-        Err(io::Error::other("disk")),
-    ])
-    .boxed();
+    let broken = stream::iter([Ok(Bytes::from_static(b"half")), Err(io::Error::other("disk"))]).boxed();
     assert!(store.put_stream("s", 8, broken).await.is_err());
     let short = stream::iter([Ok(Bytes::from_static(b"half"))]).boxed();
     assert!(store.put_stream("s", 8, short).await.is_err());
-    let whole = stream::iter([
-        Ok(Bytes::from_static(b"half")),
-        Ok(Bytes::from_static(b"half")),
-    ])
-    .boxed();
+    let whole = stream::iter([Ok(Bytes::from_static(b"half")), Ok(Bytes::from_static(b"half"))]).boxed();
     store.put_stream("t", 8, whole).await.unwrap();
     let files: Vec<_> = walkdir::WalkDir::new(dir.path())
         .into_iter()
@@ -204,14 +169,10 @@ async fn a_link_out_of_the_root_is_not_followed() {
 
 #[test]
 fn errors_name_store_and_key_and_never_a_secret() {
-    let settings: StoreSettings = [
-        ("AWS_ENDPOINT_URL", "http://127.0.0.1:1"),
-        ("AWS_REGION", "x"),
-    ]
-    .into_iter()
-    .collect();
-    let error =
-        Store::open(&"s3://b/p".parse().unwrap(), &settings, &Deadlines::data()).unwrap_err();
+    let settings: StoreSettings = [("AWS_ENDPOINT_URL", "http://127.0.0.1:1"), ("AWS_REGION", "x")]
+        .into_iter()
+        .collect();
+    let error = Store::open(&"s3://b/p".parse().unwrap(), &settings, &Deadlines::data()).unwrap_err();
     assert!(matches!(error, OriginError::Credentials { .. }));
     assert!(
         error.to_string().contains("s3://b/p") && error.to_string().contains("AWS_ACCESS_KEY_ID"),

@@ -43,9 +43,7 @@ impl StoreUrl {
             "file" => StoreKind::File(PathBuf::from(format!("/{}", self.prefix()))),
             "s3" => StoreKind::S3 { bucket: bucket() },
             "gs" => StoreKind::Gcs { bucket: bucket() },
-            "az" => StoreKind::Azure {
-                container: bucket(),
-            },
+            "az" => StoreKind::Azure { container: bucket() },
             _ => StoreKind::Http {
                 base: self.0[..url::Position::BeforePath].to_owned(),
             },
@@ -126,20 +124,13 @@ impl FromStr for StoreUrl {
             url = Url::parse(&format!("{scheme}:{rest}")).map_err(|_| refuse("not a URL"))?;
         }
         let path = url.path().trim_end_matches('/').to_owned();
-        let path = if scheme == "file" {
-            collapse(&path)
-        } else {
-            path
-        };
+        let path = if scheme == "file" { collapse(&path) } else { path };
         match decode(path.trim_start_matches('/')) {
             None => return Err(refuse("the path is not UTF-8")),
             Some(prefix) if prefix.chars().any(char::is_control) => {
                 return Err(refuse("the path holds a control character"));
             }
-            Some(prefix)
-                if !prefix.is_empty()
-                    && prefix.split('/').any(|s| matches!(s, "" | "." | "..")) =>
-            {
+            Some(prefix) if !prefix.is_empty() && prefix.split('/').any(|s| matches!(s, "" | "." | "..")) => {
                 return Err(refuse("the path has an empty, `.` or `..` part"));
             }
             Some(_) => {}
@@ -290,10 +281,7 @@ mod tests {
             "https://h/x?sig=hunter2",
         ] {
             let error = bad.parse::<StoreUrl>().unwrap_err();
-            assert!(
-                !format!("{error} {error:?}").contains("hunter2"),
-                "{error:?}"
-            );
+            assert!(!format!("{error} {error:?}").contains("hunter2"), "{error:?}");
         }
     }
 }

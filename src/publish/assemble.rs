@@ -71,9 +71,7 @@ impl Assembler {
     pub fn start(scratch: &Path, memory_limit: usize, previous: Option<Arc<Previous>>) -> Self {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let scratch = scratch.to_owned();
-        let thread = tokio::task::spawn_blocking(move || {
-            assemble(scratch, memory_limit, previous, receiver)
-        });
+        let thread = tokio::task::spawn_blocking(move || assemble(scratch, memory_limit, previous, receiver));
         Self { sender, thread }
     }
 
@@ -128,10 +126,7 @@ fn assemble(
             Message::Kept(id, object) => {
                 let previous = previous.as_ref().ok_or(PublishError::Assembler)?;
                 let sums = previous.sums(object, &mut frames)?;
-                numbers.insert(
-                    id,
-                    builder.add_object(previous.object(object)?, Some(&sums))?,
-                );
+                numbers.insert(id, builder.add_object(previous.object(object)?, Some(&sums))?);
             }
             Message::Row(row) => add(&mut builder, &numbers, row)?,
             Message::Finish => return Ok(builder.finish(&scratch)?),
@@ -155,11 +150,7 @@ fn add(
     match kind {
         RowKind::Directory => builder.add_directory(&path, mode, modified)?,
         RowKind::Symlink { target } => builder.add_symlink(&path, mode, modified, &target)?,
-        RowKind::File {
-            size,
-            place,
-            digest,
-        } => {
+        RowKind::File { size, place, digest } => {
             let content = match place {
                 None => None,
                 Some(Place { object, offset }) => {

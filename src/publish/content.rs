@@ -82,10 +82,7 @@ pub(super) struct Hashed {
 
 /// The sums of the blocks of bytes that are all in memory.
 pub(super) fn block_sums(bytes: &[u8]) -> Vec<BlockSum> {
-    bytes
-        .chunks(BLOCK_SIZE as usize)
-        .map(BlockSum::of)
-        .collect()
+    bytes.chunks(BLOCK_SIZE as usize).map(BlockSum::of).collect()
 }
 
 /// Opens a regular file: never follows a symlink that took its place, never waits for a FIFO's
@@ -133,10 +130,7 @@ pub(super) fn read_stable<T>(
 }
 
 /// The bytes of a file below `limit` bytes; `None` if it has grown to that or beyond.
-pub(super) fn read_small(
-    path: &Path,
-    limit: u64,
-) -> Result<(Stamp, Option<Vec<u8>>), PublishError> {
+pub(super) fn read_small(path: &Path, limit: u64) -> Result<(Stamp, Option<Vec<u8>>), PublishError> {
     read_stable(path, |file, stamp| {
         if stamp.size >= limit {
             return Ok(None);
@@ -204,9 +198,7 @@ pub(super) fn stream_file(path: PathBuf, size: u64, digest: Option<Digest>) -> F
                 left -= chunk.len() as u64;
                 if left == 0 && digest.is_some_and(|digest| digest != hasher.finalize().into()) {
                     flag.store(true, Ordering::Release);
-                    return Err(io::Error::other(
-                        "the file changed between hashing and uploading",
-                    ));
+                    return Err(io::Error::other("the file changed between hashing and uploading"));
                 }
                 if sender.blocking_send(Ok(Bytes::from(chunk))).is_err() {
                     // The upload was given up: nobody reads any more.
@@ -245,10 +237,7 @@ mod tests {
                 file.read_exact(&mut bytes)?;
                 if left > 0 {
                     left -= 1;
-                    OpenOptions::new()
-                        .append(true)
-                        .open(&path)?
-                        .write_all(b"!")?;
+                    OpenOptions::new().append(true).open(&path)?.write_all(b"!")?;
                 }
                 Ok(bytes)
             });
@@ -319,10 +308,7 @@ mod tests {
         let stream = stream_file(path.clone(), bytes.len() as u64, Some(Digest::of(&bytes)));
         let parts: Vec<_> = stream.parts.collect().await;
         assert_eq!(
-            parts
-                .into_iter()
-                .flat_map(Result::unwrap)
-                .collect::<Vec<u8>>(),
+            parts.into_iter().flat_map(Result::unwrap).collect::<Vec<u8>>(),
             bytes
         );
         let stream = stream_file(path, bytes.len() as u64, Some(Digest::of(b"other")));

@@ -67,15 +67,7 @@ pub async fn publish_directory(
         .await?
         .map(Arc::new);
     let walk = Walk::new(&root, &meta, options.threads);
-    let discovered = discover(
-        &root,
-        walk,
-        previous.clone(),
-        options,
-        &progress,
-        scratch.path(),
-    )
-    .await?;
+    let discovered = discover(&root, walk, previous.clone(), options, &progress, scratch.path()).await?;
     let Discovered {
         spool,
         usage,
@@ -93,16 +85,10 @@ pub async fn publish_directory(
     });
     let assembler = Assembler::start(scratch.path(), options.memory_limit, previous);
     let mut settle = Settle::new(source.clone(), assembler, &mut report);
-    let batches = stream::try_unfold(
-        Batches {
-            spool,
-            waiting: None,
-        },
-        |mut batches| async move {
-            let batch = batches.next()?;
-            Ok::<_, std::io::Error>((!batch.is_empty()).then_some((batch, batches)))
-        },
-    )
+    let batches = stream::try_unfold(Batches { spool, waiting: None }, |mut batches| async move {
+        let batch = batches.next()?;
+        Ok::<_, std::io::Error>((!batch.is_empty()).then_some((batch, batches)))
+    })
     .map_err(|source| PublishError::Scratch {
         path: options.scratch.clone(),
         source,
@@ -124,15 +110,7 @@ pub async fn publish_directory(
 
     progress.phase(Phase::Tree);
     let built = assembler.finish().await?;
-    let record = publish_tree(
-        built,
-        name,
-        OriginLocation::Catalog,
-        catalog,
-        options,
-        &progress,
-    )
-    .await?;
+    let record = publish_tree(built, name, OriginLocation::Catalog, catalog, options, &progress).await?;
     Ok(Published { record, report })
 }
 
@@ -141,9 +119,7 @@ fn source_directory(dir: &Path) -> Result<(PathBuf, std::fs::Metadata), PublishE
     let root = dir.canonicalize().map_err(unreadable)?;
     let meta = root.metadata().map_err(unreadable)?;
     if !meta.is_dir() {
-        return Err(PublishError::NotADirectory {
-            path: dir.to_owned(),
-        });
+        return Err(PublishError::NotADirectory { path: dir.to_owned() });
     }
     Ok((root, meta))
 }
@@ -256,23 +232,16 @@ async fn discover(
                 for (path, error) in listing.unreadable {
                     rest.unreadable.add(path, error);
                 }
-                let batches = in_batches(listing.entries)
-                    .into_iter()
-                    .map(Ok)
-                    .chain([Err(rest)]);
+                let batches = in_batches(listing.entries).into_iter().map(Ok).chain([Err(rest)]);
                 stream::iter(batches.map(Ok::<_, JoinError>))
             })
             .try_flatten()
             .map(|batch| {
-                let (root, previous, checksum) =
-                    (root.to_owned(), previous.clone(), options.checksum);
+                let (root, previous, checksum) = (root.to_owned(), previous.clone(), options.checksum);
                 async move {
                     match batch? {
                         Ok(batch) => {
-                            spawn_blocking(move || {
-                                plan(&root, batch, previous.as_deref(), checksum)
-                            })
-                            .await?
+                            spawn_blocking(move || plan(&root, batch, previous.as_deref(), checksum)).await?
                         }
                         Err(done) => Ok(done),
                     }
@@ -309,9 +278,7 @@ fn in_batches(entries: Vec<Found>) -> Vec<Vec<Found>> {
     let mut bytes = 0;
     for found in entries {
         match batches.last_mut() {
-            Some(batch) if batch.len() < BATCH_ENTRIES && bytes < 16 * BATCH_BYTES => {
-                batch.push(found)
-            }
+            Some(batch) if batch.len() < BATCH_ENTRIES && bytes < 16 * BATCH_BYTES => batch.push(found),
             _ => {
                 bytes = 0;
                 batches.push(vec![found]);
@@ -352,9 +319,7 @@ fn plan(
                     }
                     Ok(None) => {
                         let local = local_path(root, &path);
-                        if let Err(error) =
-                            nix::unistd::eaccess(&local, nix::unistd::AccessFlags::R_OK)
-                        {
+                        if let Err(error) = nix::unistd::eaccess(&local, nix::unistd::AccessFlags::R_OK) {
                             planning.unreadable.add(local, error.into());
                             continue;
                         }
@@ -765,9 +730,7 @@ impl<'report> Settle<'report> {
         let bundle = std::mem::replace(&mut self.bundle, Bundle::new());
         let sealed = spawn_blocking(move || bundle.seal()).await?;
         let object = published(&sealed.digest, sealed.bytes.len() as u64);
-        self.assembler
-            .object(id, object, sealed.sums.clone())
-            .await?;
+        self.assembler.object(id, object, sealed.sums.clone()).await?;
         for row in self.pending.drain(..) {
             self.assembler.row(row).await?;
         }

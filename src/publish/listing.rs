@@ -80,11 +80,7 @@ pub(super) async fn list_all(
     }
 }
 
-async fn list_range(
-    shared: Arc<Shared>,
-    range: KeyRange,
-    sorted: bool,
-) -> Result<(), PublishError> {
+async fn list_range(shared: Arc<Shared>, range: KeyRange, sorted: bool) -> Result<(), PublishError> {
     let KeyRange { after, mut end } = range;
     let mut objects = shared.store.list("", after.as_deref());
     let mut last = after;
@@ -93,14 +89,10 @@ async fn list_range(
     while let Some(object) = objects.next().await {
         let object = object?;
         if sorted {
-            let ascends =
-                |last: &String| *last < object.key || part_order(last, &object.key).is_lt();
+            let ascends = |last: &String| *last < object.key || part_order(last, &object.key).is_lt();
             if !last.as_ref().is_none_or(ascends) {
                 let url = shared.store.url().to_string();
-                return Err(PublishError::BadListing {
-                    url,
-                    key: object.key,
-                });
+                return Err(PublishError::BadListing { url, key: object.key });
             }
             if end.as_ref().is_some_and(|end| object.key > *end) {
                 break;
@@ -178,9 +170,7 @@ fn cuts(key: &str, end: Option<&str>, count: usize) -> Vec<String> {
         // Evenly over the levels; the outermost always, it may hold most.
         let step = cuts.len() as f64 / count as f64;
         let chosen = (1..=count).map(|n| (n as f64 * step) as usize - 1);
-        cuts = chosen
-            .filter_map(|index| cuts.get(index).cloned())
-            .collect();
+        cuts = chosen.filter_map(|index| cuts.get(index).cloned()).collect();
         cuts.dedup();
     }
     cuts
@@ -190,9 +180,7 @@ fn cuts(key: &str, end: Option<&str>, count: usize) -> Vec<String> {
 fn cuts_after_each_part(key: &str) -> Vec<String> {
     key.char_indices()
         .filter_map(|(position, character)| {
-            let next = ALPHABET
-                .iter()
-                .find(|next| char::from(**next) > character)?;
+            let next = ALPHABET.iter().find(|next| char::from(**next) > character)?;
             Some(format!("{}{}", &key[..position], char::from(*next)))
         })
         .collect()

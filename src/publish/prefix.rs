@@ -58,23 +58,10 @@ pub async fn register(
     let (entries, mut skipped) = listed?;
 
     progress.phase(Phase::Tree);
-    let (dir, memory_limit, shown) = (
-        scratch.path().to_owned(),
-        options.memory_limit,
-        url.to_string(),
-    );
-    let (built, clashes) =
-        spawn_blocking(move || build(entries, &dir, memory_limit, shown)).await??;
+    let (dir, memory_limit, shown) = (scratch.path().to_owned(), options.memory_limit, url.to_string());
+    let (built, clashes) = spawn_blocking(move || build(entries, &dir, memory_limit, shown)).await??;
     skipped.merge(clashes);
-    let record = publish_tree(
-        built,
-        name,
-        OriginLocation::Url(url),
-        catalog,
-        options,
-        &progress,
-    )
-    .await?;
+    let record = publish_tree(built, name, OriginLocation::Url(url), catalog, options, &progress).await?;
     Ok(Published {
         record,
         report: Report {
@@ -94,9 +81,7 @@ async fn list_and_sort(
     let (pages, received) = mpsc::channel(PAGES_AHEAD);
     let sorter = Sorter::new(scratch, options.memory_limit);
     let (dir, teller) = (scratch.to_owned(), progress.clone());
-    let sorting = AbortOnDropHandle::new(spawn_blocking(move || {
-        collect(sorter, received, &dir, &*teller)
-    }));
+    let sorting = AbortOnDropHandle::new(spawn_blocking(move || collect(sorter, received, &dir, &*teller)));
     list_all(store, sorted, options.threads, pages).await?;
     sorting.await?
 }
@@ -143,20 +128,13 @@ fn collect(
                 }
             };
             sorter
-                .push(Listed {
-                    path,
-                    modified,
-                    file,
-                })
+                .push(Listed { path, modified, file })
                 .map_err(PublishError::scratch(scratch))?;
         }
         progress.discovered(files, bytes);
         progress.settled(files, bytes);
     }
-    Ok((
-        sorter.finish().map_err(PublishError::scratch(scratch))?,
-        skipped,
-    ))
+    Ok((sorter.finish().map_err(PublishError::scratch(scratch))?, skipped))
 }
 
 /// A directory whose entries are being added.
@@ -178,11 +156,7 @@ fn build(
         return Err(PublishError::NothingThere { url });
     }
     while let Some(entry) = entries.next().map_err(PublishError::scratch(scratch))? {
-        let Listed {
-            path,
-            modified,
-            file,
-        } = entry;
+        let Listed { path, modified, file } = entry;
         if let (Some(file), Some(next)) = (&file, entries.peek()) {
             if next.path == path && next.file.is_some() {
                 return Err(PublishError::BadListing { url, key: path });
@@ -332,17 +306,12 @@ mod tests {
             &out,
         )
         .unwrap();
-        (
-            Tree::from_bytes(std::fs::read(&out).unwrap()).unwrap(),
-            skipped,
-        )
+        (Tree::from_bytes(std::fs::read(&out).unwrap()).unwrap(), skipped)
     }
 
     /// Every proper leading part of a path, and the root.
     fn parents(path: &str) -> impl Iterator<Item = String> + '_ {
-        let nested = path
-            .match_indices('/')
-            .map(|(end, _)| path[..end].to_owned());
+        let nested = path.match_indices('/').map(|(end, _)| path[..end].to_owned());
         std::iter::once(String::new()).chain(nested)
     }
 
@@ -434,12 +403,7 @@ mod tests {
                 })
                 .unwrap();
         }
-        let built = build(
-            sorter.finish().unwrap(),
-            scratch.path(),
-            1,
-            "s3://b".to_owned(),
-        );
+        let built = build(sorter.finish().unwrap(), scratch.path(), 1, "s3://b".to_owned());
         assert!(matches!(built, Err(PublishError::BadListing { key, .. }) if key == "a"));
     }
 }

@@ -20,9 +20,7 @@ use crate::{
     digest::{BlockSum, Digest},
     origin::{Pin, Store},
     reference::{PinnedReference, QualifiedName, VersionNumber},
-    tree::{
-        Content, Digests, EntryKind, Object, ObjectNo, RowNo, SumFrame, Tree, TreeError, unpack,
-    },
+    tree::{Content, Digests, EntryKind, Object, ObjectNo, RowNo, SumFrame, Tree, TreeError, unpack},
 };
 
 pub(super) struct Previous {
@@ -135,11 +133,7 @@ impl Previous {
     }
 
     /// A file of the previous version with these bytes, wherever it lay, in an object that is kept.
-    pub fn find_digest(
-        &self,
-        digest: &Digest,
-        usage: &Usage,
-    ) -> Result<Option<Kept>, PublishError> {
+    pub fn find_digest(&self, digest: &Digest, usage: &Usage) -> Result<Option<Kept>, PublishError> {
         let index = match self.by_digest.get() {
             Some(index) => index,
             None => {
@@ -149,10 +143,7 @@ impl Previous {
         };
         let prefix = prefix_of(digest);
         let start = index.partition_point(|(other, _)| *other < prefix);
-        for (_, row) in index[start..]
-            .iter()
-            .take_while(|(other, _)| *other == prefix)
-        {
+        for (_, row) in index[start..].iter().take_while(|(other, _)| *other == prefix) {
             if let Some(kept) = self.kept(*row)?
                 && kept.digest == *digest
                 && usage.keeps(kept.content.object)
@@ -179,11 +170,7 @@ impl Previous {
     }
 
     /// The sums of all blocks of an object, each frame verified.
-    pub fn sums(
-        &self,
-        object: ObjectNo,
-        frames: &mut FrameCache,
-    ) -> Result<Vec<BlockSum>, PublishError> {
+    pub fn sums(&self, object: ObjectNo, frames: &mut FrameCache) -> Result<Vec<BlockSum>, PublishError> {
         let size = self.tree.object(object)?.size;
         let mut sums = Vec::with_capacity(usize::try_from(block_count(size)).unwrap_or(0));
         for frame in self.tree.sum_frames(object, 0..block_count(size))? {
@@ -211,12 +198,7 @@ fn prefix_of(digest: &Digest) -> u64 {
 pub(super) struct FrameCache(Option<(u64, Vec<u8>)>);
 
 impl FrameCache {
-    fn sums(
-        &mut self,
-        frame: &SumFrame,
-        file: &File,
-        path: &Path,
-    ) -> Result<Vec<BlockSum>, PublishError> {
+    fn sums(&mut self, frame: &SumFrame, file: &File, path: &Path) -> Result<Vec<BlockSum>, PublishError> {
         if let Some((number, bytes)) = &self.0
             && *number == frame.number
         {

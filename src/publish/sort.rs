@@ -143,9 +143,7 @@ struct Head {
 
 impl Ord for Head {
     fn cmp(&self, other: &Self) -> Ordering {
-        self.entry
-            .order(&other.entry)
-            .then(self.run.cmp(&other.run))
+        self.entry.order(&other.entry).then(self.run.cmp(&other.run))
     }
 }
 

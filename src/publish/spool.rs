@@ -84,10 +84,7 @@ impl SpoolWriter {
     }
 
     pub fn into_reader(self) -> io::Result<SpoolReader> {
-        let mut file = self
-            .file
-            .into_inner()
-            .map_err(io::IntoInnerError::into_error)?;
+        let mut file = self.file.into_inner().map_err(io::IntoInnerError::into_error)?;
         file.seek(SeekFrom::Start(0))?;
         Ok(SpoolReader {
             file: BufReader::with_capacity(256 << 10, file),
@@ -170,8 +167,7 @@ mod tests {
         let times = [any::<(i64, u32)>(), any::<(i64, u32)>()];
         (any::<Vec<u8>>(), any::<(u64, u64, u64, u16)>(), times, plan).prop_map(
             |(path, (size, device, inode, mode), times, plan)| {
-                let [modified, changed] =
-                    times.map(|(seconds, nanos)| Timestamp { seconds, nanos });
+                let [modified, changed] = times.map(|(seconds, nanos)| Timestamp { seconds, nanos });
                 let stamp = Stamp {
                     size,
                     modified,

@@ -103,11 +103,7 @@ impl Uploader {
         }
         let slices: Vec<Bytes> = (0..bundle.bytes.len())
             .step_by(SLICE)
-            .map(|start| {
-                bundle
-                    .bytes
-                    .slice(start..(start + SLICE).min(bundle.bytes.len()))
-            })
+            .map(|start| bundle.bytes.slice(start..(start + SLICE).min(bundle.bytes.len())))
             .collect();
         let progress = self.progress.clone();
         let parts = stream::iter(slices)

@@ -183,9 +183,7 @@ fn list(root: &Path, path: &[u8]) -> Listing {
     }
     // Whole paths compare as names do: they differ after the directory only.
     listing.entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
-    listing
-        .directories
-        .sort_unstable_by(|a, b| a.path.cmp(&b.path));
+    listing.directories.sort_unstable_by(|a, b| a.path.cmp(&b.path));
     listing
 }
 

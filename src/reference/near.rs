@@ -5,10 +5,7 @@ use strsim::osa_distance;
 /// The candidate that `typed` is most likely a slip for. Another spelling of the same letters
 /// (`ImageNet`, `image-net`, `image_net`) always counts; otherwise one slip for every three
 /// characters; and something longer that begins with what was typed. `typed` itself is no near miss.
-pub fn did_you_mean<'c>(
-    typed: &str,
-    candidates: impl IntoIterator<Item = &'c str>,
-) -> Option<&'c str> {
+pub fn did_you_mean<'c>(typed: &str, candidates: impl IntoIterator<Item = &'c str>) -> Option<&'c str> {
     let folded = fold(typed);
     candidates
         .into_iter()

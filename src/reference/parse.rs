@@ -1,8 +1,8 @@
 //! The parser: splits at `:` and `/`, checks each part, and says where it stopped and what to do.
 
 use super::{
-    AliasName, DatastoreName, MAX_NAME, ParseError, PinnedReference, QualifiedName, Reference,
-    UserName, VersionNumber, VersionSelector,
+    AliasName, DatastoreName, MAX_NAME, ParseError, PinnedReference, QualifiedName, Reference, UserName,
+    VersionNumber, VersionSelector,
 };
 
 /// The long form's fixed first part: `alice:/datastores/imagenet`.
@@ -136,12 +136,7 @@ impl<'a> Typed<'a> {
             .parse()
             .ok()
             .and_then(VersionNumber::new)
-            .ok_or_else(|| {
-                self.error(
-                    start,
-                    format!("the version is too large: at most {}", u64::MAX),
-                )
-            })
+            .ok_or_else(|| self.error(start, format!("the version is too large: at most {}", u64::MAX)))
     }
 
     fn selector(self, text: &str, start: usize) -> Result<VersionSelector, ParseError> {
@@ -188,16 +183,10 @@ pub(super) fn version_number(text: &str) -> Result<VersionNumber, ParseError> {
 pub(super) fn reference(text: &str) -> Result<Reference, ParseError> {
     let typed = Typed(text);
     if text.is_empty() {
-        return Err(typed.error(
-            0,
-            "the reference is empty: write [user:]datastore[/version]",
-        ));
+        return Err(typed.error(0, "the reference is empty: write [user:]datastore[/version]"));
     }
     if let Some(at) = text.find("://") {
-        return Err(typed.error(
-            at,
-            "this is a URL: a reference is [user:]datastore[/version]",
-        ));
+        return Err(typed.error(at, "this is a URL: a reference is [user:]datastore[/version]"));
     }
     let (owner, rest, rest_at) = match text.split_once(':') {
         None => (None, text, 0),
@@ -245,10 +234,7 @@ pub(super) fn reference(text: &str) -> Result<Reference, ParseError> {
         Some(version) => {
             let version_at = rest_at + datastore.len() + 1;
             if let Some(at) = version.find('/') {
-                return Err(typed.error(
-                    version_at + at,
-                    second_slash(owner.is_some(), datastore, version),
-                ));
+                return Err(typed.error(version_at + at, second_slash(owner.is_some(), datastore, version)));
             }
             typed.selector(version, version_at)?
         }
@@ -263,10 +249,7 @@ pub(super) fn reference(text: &str) -> Result<Reference, ParseError> {
 /// Two slashes: a path below the datastore, two versions, or `alice/imagenet/3`.
 fn second_slash(has_owner: bool, first: &str, rest: &str) -> String {
     let mut parts = rest.split('/');
-    let (second, third) = (
-        parts.next().unwrap_or_default(),
-        parts.next().unwrap_or_default(),
-    );
+    let (second, third) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
     let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
     if is_number(second) && is_number(third) {
         return "a reference names one version, this is a second".to_owned();
@@ -282,9 +265,7 @@ fn second_slash(has_owner: bool, first: &str, rest: &str) -> String {
 }
 
 pub(super) fn qualified_name(text: &str) -> Result<QualifiedName, ParseError> {
-    let Reference {
-        owner, datastore, ..
-    } = reference(text)?;
+    let Reference { owner, datastore, .. } = reference(text)?;
     let typed = Typed(text);
     let Some(owner) = owner else {
         return Err(typed.error(0, "the user is missing: write user:datastore"));
@@ -325,10 +306,7 @@ pub(super) fn pinned_reference(text: &str) -> Result<PinnedReference, ParseError
         )),
         VersionSelector::Alias(alias) => {
             let at = text.len() - alias.as_str().len();
-            Err(typed.error(
-                at,
-                "this must be a version number: aliases are resolved before",
-            ))
+            Err(typed.error(at, "this must be a version number: aliases are resolved before"))
         }
     }
 }

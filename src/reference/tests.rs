@@ -22,10 +22,7 @@ fn number(number: u64) -> VersionSelector {
 fn every_form_of_the_grammar_parses() {
     let prod = || VersionSelector::Alias("prod".parse().unwrap());
     for (text, expected) in [
-        (
-            "imagenet",
-            reference(None, "imagenet", VersionSelector::Latest),
-        ),
+        ("imagenet", reference(None, "imagenet", VersionSelector::Latest)),
         (
             "imagenet/latest",
             reference(None, "imagenet", VersionSelector::Latest),
@@ -50,10 +47,7 @@ fn every_form_of_the_grammar_parses() {
             "alice:/datastores/imagenet",
             reference(Some("alice"), "imagenet", VersionSelector::Latest),
         ),
-        (
-            "/datastores/imagenet/prod",
-            reference(None, "imagenet", prod()),
-        ),
+        ("/datastores/imagenet/prod", reference(None, "imagenet", prod())),
         ("datastores/3", reference(None, "datastores", number(3))),
         (
             "a.b+c@example.org:Image-Net_1.0/3",
@@ -135,10 +129,7 @@ fn pinned_and_qualified_take_no_less_and_no_more() {
         "alice:x/3".parse::<PinnedReference>().unwrap().to_string(),
         "alice:x/3"
     );
-    assert_eq!(
-        "alice:x".parse::<QualifiedName>().unwrap().to_string(),
-        "alice:x"
-    );
+    assert_eq!("alice:x".parse::<QualifiedName>().unwrap().to_string(), "alice:x");
     assert_eq!(
         "alice:/datastores/x"
             .parse::<QualifiedName>()
@@ -176,10 +167,7 @@ fn pinned_and_qualified_take_no_less_and_no_more() {
 fn no_owner_means_me() {
     let me = "bob".parse().unwrap();
     assert_eq!(parse("x/3").unwrap().qualify(&me).to_string(), "bob:x");
-    assert_eq!(
-        parse("alice:x/3").unwrap().qualify(&me).to_string(),
-        "alice:x"
-    );
+    assert_eq!(parse("alice:x/3").unwrap().qualify(&me).to_string(), "alice:x");
 }
 
 #[test]

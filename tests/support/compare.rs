@@ -7,9 +7,18 @@ use super::sandbox::{Sandbox, told};
 
 /// Panics with the differences, if there are any between `source` and `mount`.
 pub fn assert_same_tree(sandbox: &Sandbox, source: &Path, mount: &Path) {
-    let diff =
-        sandbox.program("diff").args(["-r", "--no-dereference"]).arg(source).arg(mount).output().unwrap();
-    assert!(diff.status.success() && diff.stdout.is_empty(), "diff: {}", told(&diff));
+    let diff = sandbox
+        .program("diff")
+        .args(["-r", "--no-dereference"])
+        .arg(source)
+        .arg(mount)
+        .output()
+        .unwrap();
+    assert!(
+        diff.status.success() && diff.stdout.is_empty(),
+        "diff: {}",
+        told(&diff)
+    );
     let of_source = listing(sandbox, source);
     let of_mount = listing(sandbox, mount);
     if of_source != of_mount {
@@ -41,7 +50,11 @@ fn listing(sandbox: &Sandbox, dir: &Path) -> Vec<Vec<u8>> {
         .output()
         .unwrap();
     assert!(found.status.success(), "find: {}", told(&found));
-    let mut lines: Vec<Vec<u8>> = found.stdout.split(|byte| *byte == 0).map(<[u8]>::to_vec).collect();
+    let mut lines: Vec<Vec<u8>> = found
+        .stdout
+        .split(|byte| *byte == 0)
+        .map(<[u8]>::to_vec)
+        .collect();
     lines.sort();
     lines
 }

@@ -128,10 +128,7 @@ pub async fn rebuilt(record: &Record, catalog: &Store, origin: &Store) -> Entrie
         }
         if let Some(sums) = &sums {
             let mut expected = Vec::new();
-            for frame in tree
-                .sum_frames(number, 0..block_count(object.size))
-                .unwrap()
-            {
+            for frame in tree.sum_frames(number, 0..block_count(object.size)).unwrap() {
                 let range = frame.range.start as usize..frame.range.end as usize;
                 expected.extend(frame.sums(&sums[range]).unwrap());
             }
@@ -153,8 +150,7 @@ pub async fn rebuilt(record: &Record, catalog: &Store, origin: &Store) -> Entrie
                 let bytes = match content {
                     None => &[],
                     Some(content) => {
-                        &objects[&content.object]
-                            [content.offset as usize..(content.offset + size) as usize]
+                        &objects[&content.object][content.offset as usize..(content.offset + size) as usize]
                     }
                 };
                 let digest = Digest::of(bytes);

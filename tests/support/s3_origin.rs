@@ -56,6 +56,8 @@ pub struct Shape {
     /// One GET in so many is late by `straggle`; 0: none.
     pub straggler_every: u64,
     pub straggle: Duration,
+    /// Before a write is answered.
+    pub write: Duration,
 }
 
 #[derive(Default)]
@@ -85,6 +87,8 @@ struct State {
     next: AtomicU64,
     /// The offsets of ranged GETs, in order.
     ranges: Mutex<Vec<(String, u64, u64)>>,
+    /// (key, size) of every object that came to be, in order; one that is overwritten, again.
+    written: Mutex<Vec<(String, u64)>>,
 }
 
 /// Serves one bucket (`bucket`) until dropped.
@@ -148,6 +152,11 @@ impl S3Origin {
         self.state.ranges.lock().expect("ranges").clone()
     }
 
+    /// (key, size) of every object written so far, in order.
+    pub fn written(&self) -> Vec<(String, u64)> {
+        self.state.written.lock().expect("written").clone()
+    }
+
     pub fn put(&self, key: &str, bytes: impl Into<Bytes>) -> String {
         store(&self.state, key, bytes.into())
     }
@@ -167,6 +176,8 @@ impl S3Origin {
 }
 
 fn store(state: &State, key: &str, bytes: Bytes) -> String {
+    let written = (key.to_owned(), bytes.len() as u64);
+    state.written.lock().expect("written").push(written);
     let etag = format!("\"{:016x}\"", state.next.fetch_add(1, Relaxed) + 1);
     let stored = Stored {
         bytes,
@@ -192,9 +203,7 @@ fn decode(text: &str) -> String {
     let bytes = text.as_bytes();
     let (mut out, mut at) = (Vec::new(), 0);
     while at < bytes.len() {
-        let hex = (bytes[at] == b'%')
-            .then(|| text.get(at + 1..at + 3))
-            .flatten();
+        let hex = (bytes[at] == b'%').then(|| text.get(at + 1..at + 3)).flatten();
         match hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
             Some(byte) => {
                 out.push(byte);
@@ -276,10 +285,7 @@ async fn read_request(stream: &mut BufReader<TcpStream>) -> std::io::Result<Opti
 async fn serve(state: Arc<State>, stream: TcpStream) {
     let mut stream = BufReader::new(stream);
     while let Ok(Some(request)) = read_request(&mut stream).await {
-        let kept = match (
-            request.method.as_str(),
-            request.query.contains_key("list-type"),
-        ) {
+        let kept = match (request.method.as_str(), request.query.contains_key("list-type")) {
             ("GET", true) => list(&state, &mut stream, &request).await,
             ("GET", false) => get(&state, &mut stream, &request).await,
             ("HEAD", _) => head(&state, &mut stream, &request).await,
@@ -321,18 +327,9 @@ fn closed() -> std::io::Error {
     std::io::ErrorKind::ConnectionReset.into()
 }
 
-async fn head(
-    state: &State,
-    stream: &mut BufReader<TcpStream>,
-    request: &Request,
-) -> std::io::Result<()> {
+async fn head(state: &State, stream: &mut BufReader<TcpStream>, request: &Request) -> std::io::Result<()> {
     state.counts.heads.fetch_add(1, Relaxed);
-    let found = state
-        .objects
-        .lock()
-        .expect("objects")
-        .get(&request.key)
-        .cloned();
+    let found = state.objects.lock().expect("objects").get(&request.key).cloned();
     let text = match found {
         None => "HTTP/1.1 404 x\r\ncontent-length: 0\r\n\r\n".to_owned(),
         Some(found) => format!(
@@ -344,11 +341,7 @@ async fn head(
     stream.write_all(text.as_bytes()).await
 }
 
-async fn get(
-    state: &State,
-    stream: &mut BufReader<TcpStream>,
-    request: &Request,
-) -> std::io::Result<()> {
+async fn get(state: &State, stream: &mut BufReader<TcpStream>, request: &Request) -> std::io::Result<()> {
     let number = state.counts.gets.fetch_add(1, Relaxed) + 1;
     let fault = {
         let next = state.faults.lock().expect("faults").pop_front();
@@ -367,12 +360,7 @@ async fn get(
         Some(Fault::Late(late)) => tokio::time::sleep(late).await,
         _ => {}
     }
-    let found = state
-        .objects
-        .lock()
-        .expect("objects")
-        .get(&request.key)
-        .cloned();
+    let found = state.objects.lock().expect("objects").get(&request.key).cloned();
     let Some(found) = found else {
         return error(stream, 404, "NoSuchKey").await;
     };
@@ -394,11 +382,11 @@ async fn get(
     if asked.is_some() && (start >= size || start >= end) {
         return error(stream, 416, "InvalidRange").await;
     }
-    state.ranges.lock().expect("ranges").push((
-        request.key.clone(),
-        start as u64,
-        (end - start) as u64,
-    ));
+    state
+        .ranges
+        .lock()
+        .expect("ranges")
+        .push((request.key.clone(), start as u64, (end - start) as u64));
     if fault == Some(Fault::WrongRange) {
         (start, end) = (start + 1, end + 1);
     }
@@ -425,26 +413,16 @@ async fn get(
     );
     stream.write_all(head.as_bytes()).await?;
     let cut = matches!(fault, Some(Fault::Truncated | Fault::StallInBody));
-    let sent = if cut {
-        body.slice(..body.len() / 2)
-    } else {
-        body
-    };
+    let sent = if cut { body.slice(..body.len() / 2) } else { body };
     // Paced in pieces: enough of them to be smooth, few enough to cost nothing.
     let began = tokio::time::Instant::now();
     let mut done = 0;
     for piece in sent.chunks(256 << 10) {
         stream.write_all(piece).await?;
         done += piece.len() as u64;
-        state
-            .counts
-            .body_bytes
-            .fetch_add(piece.len() as u64, Relaxed);
+        state.counts.body_bytes.fetch_add(piece.len() as u64, Relaxed);
         if shape.rate > 0 {
-            tokio::time::sleep_until(
-                began + Duration::from_secs_f64(done as f64 / shape.rate as f64),
-            )
-            .await;
+            tokio::time::sleep_until(began + Duration::from_secs_f64(done as f64 / shape.rate as f64)).await;
         }
     }
     match fault {
@@ -454,12 +432,10 @@ async fn get(
     }
 }
 
-async fn write(
-    state: &State,
-    stream: &mut BufReader<TcpStream>,
-    request: &Request,
-) -> std::io::Result<()> {
+async fn write(state: &State, stream: &mut BufReader<TcpStream>, request: &Request) -> std::io::Result<()> {
     state.counts.puts.fetch_add(1, Relaxed);
+    let write = state.shape.lock().expect("shape").write;
+    tokio::time::sleep(write).await;
     let upload = request.query.get("uploadId").cloned();
     match (request.method.as_str(), upload) {
         ("PUT", Some(upload)) => {
@@ -479,15 +455,8 @@ async fn write(
         }
         ("PUT", None) => {
             let etag = {
-                let exists = state
-                    .objects
-                    .lock()
-                    .expect("objects")
-                    .contains_key(&request.key);
-                let conditional = request
-                    .headers
-                    .get("if-none-match")
-                    .is_some_and(|tag| tag == "*");
+                let exists = state.objects.lock().expect("objects").contains_key(&request.key);
+                let conditional = request.headers.get("if-none-match").is_some_and(|tag| tag == "*");
                 if conditional && exists {
                     None
                 } else {
@@ -518,11 +487,11 @@ async fn write(
                 .expect("uploads")
                 .remove(&upload)
                 .unwrap_or_default();
-            let whole: Vec<u8> = parts.into_values().flatten().collect();
+            let parts: Vec<Bytes> = parts.into_values().collect();
+            let whole = parts.concat();
             let etag = store(state, &request.key, whole.into());
-            let body = format!(
-                "<CompleteMultipartUploadResult><ETag>{etag}</ETag></CompleteMultipartUploadResult>"
-            );
+            let body =
+                format!("<CompleteMultipartUploadResult><ETag>{etag}</ETag></CompleteMultipartUploadResult>");
             answer(stream, 200, "", body.as_bytes()).await
         }
         ("POST", None) => {
@@ -553,11 +522,7 @@ fn escape(text: &str) -> String {
         .replace('>', "&gt;")
 }
 
-async fn list(
-    state: &State,
-    stream: &mut BufReader<TcpStream>,
-    request: &Request,
-) -> std::io::Result<()> {
+async fn list(state: &State, stream: &mut BufReader<TcpStream>, request: &Request) -> std::io::Result<()> {
     state.counts.lists.fetch_add(1, Relaxed);
     let get = |name: &str| request.query.get(name).cloned().unwrap_or_default();
     let (prefix, delimiter) = (get("prefix"), get("delimiter"));
@@ -606,17 +571,8 @@ async fn list(
         }
     }
     if more {
-        body += &format!(
-            "<NextContinuationToken>{}</NextContinuationToken>",
-            escape(&last)
-        );
+        body += &format!("<NextContinuationToken>{}</NextContinuationToken>", escape(&last));
     }
     body += &format!("<IsTruncated>{more}</IsTruncated></ListBucketResult>");
-    answer(
-        stream,
-        200,
-        "content-type: application/xml\r\n",
-        body.as_bytes(),
-    )
-    .await
+    answer(stream, 200, "content-type: application/xml\r\n", body.as_bytes()).await
 }

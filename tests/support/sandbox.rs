@@ -1,6 +1,8 @@
 //! A throw-away world for one test: its own home, runtime directory, catalog and cache, as root or as an
 //! ordinary user. Dropping it ends its agent and leaves no mount, also when the test failed.
 
+#![allow(dead_code, reason = "each test file uses its own part of it")]
+
 use std::{
     ffi::OsStr,
     fs,
@@ -30,18 +32,29 @@ impl Sandbox {
             skip("an ordinary user beside root", "the tests do not run as root");
             return None;
         }
-        let open_to_all = fs::metadata("/dev/fuse").is_ok_and(|fuse| fuse.permissions().mode() & 0o006 == 0o006);
+        let open_to_all =
+            fs::metadata("/dev/fuse").is_ok_and(|fuse| fuse.permissions().mode() & 0o006 == 0o006);
         if !open_to_all {
-            skip("an ordinary user's mount", "/dev/fuse is not open to everybody (udev: chmod 0666 /dev/fuse)");
+            skip(
+                "an ordinary user's mount",
+                "/dev/fuse is not open to everybody (udev: chmod 0666 /dev/fuse)",
+            );
             return None;
         }
         Some(Self::owned_by(ORDINARY_UID))
     }
 
     fn owned_by(uid: u32) -> Self {
-        let dir = tempfile::Builder::new().prefix("grid-mount-test-").tempdir().unwrap();
+        let dir = tempfile::Builder::new()
+            .prefix("grid-mount-test-")
+            .tempdir()
+            .unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let sandbox = Self { dir, uid, extra: Vec::new() };
+        let sandbox = Self {
+            dir,
+            uid,
+            extra: Vec::new(),
+        };
         for sub in ["home", "run", "data", "cache", "mnt", "tmp"] {
             let path = sandbox.path(sub);
             fs::create_dir(&path).unwrap();
@@ -109,14 +122,23 @@ impl Sandbox {
     /// Runs it and expects success; returns standard output.
     pub fn ok(&self, arguments: &[&str]) -> String {
         let output = self.grid(arguments).output().unwrap();
-        assert!(output.status.success(), "grid-mount {arguments:?}: {}", told(&output));
+        assert!(
+            output.status.success(),
+            "grid-mount {arguments:?}: {}",
+            told(&output)
+        );
         String::from_utf8(output.stdout).unwrap()
     }
 
     /// Runs it and expects exit status `code`; returns standard error.
     pub fn fails(&self, code: i32, arguments: &[&str]) -> String {
         let output = self.grid(arguments).output().unwrap();
-        assert_eq!(output.status.code(), Some(code), "grid-mount {arguments:?}: {}", told(&output));
+        assert_eq!(
+            output.status.code(),
+            Some(code),
+            "grid-mount {arguments:?}: {}",
+            told(&output)
+        );
         String::from_utf8(output.stderr).unwrap()
     }
 

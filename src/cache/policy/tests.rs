@@ -26,13 +26,7 @@ fn adaptive(trace: &[usize]) -> Vec<bool> {
             return false;
         }
         while resident.len() >= CACHE {
-            assert!(
-                resident.remove(
-                    &policy
-                        .victim()
-                        .expect("the policy knows all that is resident")
-                )
-            );
+            assert!(resident.remove(&policy.victim().expect("the policy knows all that is resident")));
         }
         policy.insert(unit, EXTENT_SIZE, purpose);
         resident.insert(unit)
@@ -97,11 +91,7 @@ fn belady(trace: &[usize]) -> Vec<bool> {
         }
         hit
     };
-    trace
-        .iter()
-        .enumerate()
-        .map(|(at, n)| step(at, n))
-        .collect()
+    trace.iter().enumerate().map(|(at, n)| step(at, n)).collect()
 }
 
 fn ratio(hits: &[bool]) -> f64 {
@@ -110,8 +100,7 @@ fn ratio(hits: &[bool]) -> f64 {
 
 /// Prints one line; (adaptive, LRU), from access `from` on.
 fn compare(name: &str, trace: &[usize], from: usize) -> (f64, f64) {
-    let [ours, lru, best] =
-        [adaptive(trace), lru(trace), belady(trace)].map(|hits| ratio(&hits[from..]));
+    let [ours, lru, best] = [adaptive(trace), lru(trace), belady(trace)].map(|hits| ratio(&hits[from..]));
     println!("{name:<28} adaptive {ours:.3}  LRU {lru:.3}  Belady {best:.3}");
     (ours, lru)
 }
@@ -188,11 +177,7 @@ fn a_drifting_set_is_followed() {
 #[test]
 fn two_jobs_get_the_better_of_both() {
     let (scan, drift) = (shuffled(2 * CACHE, 20, 5), drifting(40_000, 1 << 20));
-    let trace: Vec<usize> = scan
-        .iter()
-        .zip(&drift)
-        .flat_map(|(a, b)| [*a, *b])
-        .collect();
+    let trace: Vec<usize> = scan.iter().zip(&drift).flat_map(|(a, b)| [*a, *b]).collect();
     let (ours, lru) = compare("two jobs", &trace, 10_000);
     assert!(ours >= lru - 0.02, "{ours} {lru}");
 }

@@ -52,8 +52,7 @@ pub(super) fn version(file: &str) -> Option<VersionNumber> {
 
 /// Whether a key taken from a record stays below the catalog's prefix.
 pub(super) fn is_inside(key: &str) -> bool {
-    key.split('/').all(|part| !matches!(part, "" | "." | ".."))
-        && !key.chars().any(char::is_control)
+    key.split('/').all(|part| !matches!(part, "" | "." | "..")) && !key.chars().any(char::is_control)
 }
 
 #[cfg(test)]
@@ -63,8 +62,7 @@ mod tests {
     #[test]
     fn versions_sort_as_keys_and_come_back() {
         let name: QualifiedName = "alice@example.org:imagenet".parse().unwrap();
-        let versions =
-            [1, 2, 9, 10, 99, 100, u64::MAX - 1, u64::MAX].map(|n| VersionNumber::new(n).unwrap());
+        let versions = [1, 2, 9, 10, 99, 100, u64::MAX - 1, u64::MAX].map(|n| VersionNumber::new(n).unwrap());
         let keys = versions.map(|version| record(&name.at(version)));
         assert!(keys.is_sorted());
         let prefix = records_of(&name);
@@ -86,14 +84,7 @@ mod tests {
         ] {
             assert_eq!(version(file), None, "{file}");
         }
-        for key in [
-            "",
-            "/etc/passwd",
-            "trees/../../x",
-            "a//b",
-            "trees/.",
-            "a\nb",
-        ] {
+        for key in ["", "/etc/passwd", "trees/../../x", "a//b", "trees/.", "a\nb"] {
             assert!(!is_inside(key), "{key}");
         }
         assert!(is_inside("trees/ab/abc..d.zst"));

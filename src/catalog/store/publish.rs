@@ -110,7 +110,7 @@ impl<R: RecordStore> StoreCatalog<R> {
         }
         Err(CatalogError::Unsettled {
             reference,
-            source: last,
+            source: last.map(Box::new),
         })
     }
 
@@ -135,10 +135,7 @@ impl<R: RecordStore> StoreCatalog<R> {
     async fn probe(&self) -> Result<(), CatalogError> {
         let probing = origin("probing the store for conditional puts");
         let key = layout::probe(&nonce());
-        let (first, second) = (
-            Bytes::from_static(b"first\n"),
-            Bytes::from_static(b"second\n"),
-        );
+        let (first, second) = (Bytes::from_static(b"first\n"), Bytes::from_static(b"second\n"));
         // The key is random: `AlreadyExists` is a lost answer to this very put.
         self.records
             .put_if_absent(&key, first.clone())

@@ -214,9 +214,7 @@ async fn versions_count_from_one_and_resolve_every_way() {
             .unwrap();
         assert_eq!(record.version, version(number));
         assert_eq!(
-            resolve(&catalog, &format!("me:imagenet/{number}"))
-                .await
-                .unwrap(),
+            resolve(&catalog, &format!("me:imagenet/{number}")).await.unwrap(),
             record
         );
     }
@@ -224,10 +222,7 @@ async fn versions_count_from_one_and_resolve_every_way() {
         alias: "prod".parse().unwrap(),
         version: version(9),
     };
-    catalog
-        .set_alias(&name("me:imagenet"), &prod)
-        .await
-        .unwrap();
+    catalog.set_alias(&name("me:imagenet"), &prod).await.unwrap();
     for (text, number) in [
         ("imagenet", 12),
         ("me:imagenet/latest", 12),
@@ -244,14 +239,8 @@ async fn versions_count_from_one_and_resolve_every_way() {
         version: version(11),
         ..prod.clone()
     };
-    catalog
-        .set_alias(&name("me:imagenet"), &moved)
-        .await
-        .unwrap();
-    assert_eq!(
-        catalog.aliases(&name("me:imagenet")).await.unwrap(),
-        [moved]
-    );
+    catalog.set_alias(&name("me:imagenet"), &moved).await.unwrap();
+    assert_eq!(catalog.aliases(&name("me:imagenet")).await.unwrap(), [moved]);
     catalog
         .remove_alias(&name("me:imagenet"), &prod.alias)
         .await
@@ -274,11 +263,7 @@ async fn versions_count_from_one_and_resolve_every_way() {
 #[tokio::test]
 async fn what_is_missing_is_said_with_the_nearest_thing_there_is() {
     let catalog = catalog();
-    assert!(
-        message(&catalog, "imagenet")
-            .await
-            .contains("grid-mount list")
-    );
+    assert!(message(&catalog, "imagenet").await.contains("grid-mount list"));
     for text in [
         "alice:imagenet",
         "alice:imagenet",
@@ -291,10 +276,7 @@ async fn what_is_missing_is_said_with_the_nearest_thing_there_is() {
         alias: "prod".parse().unwrap(),
         version: version(1),
     };
-    catalog
-        .set_alias(&name("alice:imagenet"), &prod)
-        .await
-        .unwrap();
+    catalog.set_alias(&name("alice:imagenet"), &prod).await.unwrap();
     for (text, expected) in [
         (
             "Alice:imagenet",
@@ -345,10 +327,7 @@ async fn what_is_missing_is_said_with_the_nearest_thing_there_is() {
             "imagenet/1",
             "no datastore me:imagenet; did you mean alice:imagenet?",
         ),
-        (
-            "coco",
-            "no datastore me:coco; did you mean bob@example.org:coco?",
-        ),
+        ("coco", "no datastore me:coco; did you mean bob@example.org:coco?"),
     ] {
         assert_eq!(message(&catalog, text).await, expected, "{text}");
     }
@@ -392,10 +371,7 @@ async fn listing_reads_no_record() {
     assert_eq!(shown(Some("b")).await, ["b:one/2", "b:two/1"]);
     assert_eq!(catalog.records.gets.load(Ordering::Relaxed), gets);
     let error = catalog.list(Some(&"B".parse().unwrap())).await.unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "no user B in this catalog; did you mean b?"
-    );
+    assert_eq!(error.to_string(), "no user B in this catalog; did you mean b?");
 }
 
 #[tokio::test]
@@ -406,10 +382,7 @@ async fn a_store_that_overwrites_is_refused() {
     });
     for _ in 0..2 {
         let error = catalog.publish(draft("me:x", "")).await.unwrap_err();
-        assert!(
-            matches!(error, CatalogError::StoreOverwrites { .. }),
-            "{error}"
-        );
+        assert!(matches!(error, CatalogError::StoreOverwrites { .. }), "{error}");
     }
     assert_eq!(
         catalog.records.keys(),
@@ -430,10 +403,7 @@ async fn a_store_is_probed_once_and_a_copy_of_it_again() {
     first.publish(draft("me:x", "")).await.unwrap();
     let objects = first.records.objects.into_inner();
     assert_eq!(
-        objects
-            .keys()
-            .filter(|key| key.starts_with("probe/"))
-            .count(),
+        objects.keys().filter(|key| key.starts_with("probe/")).count(),
         1,
         "only the marker is left"
     );
@@ -457,10 +427,7 @@ async fn a_store_is_probed_once_and_a_copy_of_it_again() {
         .publish(draft("me:x", ""))
         .await
         .unwrap_err();
-    assert!(
-        matches!(error, CatalogError::StoreOverwrites { .. }),
-        "{error}"
-    );
+    assert!(matches!(error, CatalogError::StoreOverwrites { .. }), "{error}");
 }
 
 #[tokio::test]
@@ -469,10 +436,7 @@ async fn version_numbers_can_run_out() {
     let last = layout::record(&name("me:x").at(version(u64::MAX)));
     catalog.records.put(&last, Bytes::new()).await.unwrap();
     let error = catalog.publish(draft("me:x", "")).await.unwrap_err();
-    assert!(
-        matches!(error, CatalogError::VersionsExhausted { .. }),
-        "{error}"
-    );
+    assert!(matches!(error, CatalogError::VersionsExhausted { .. }), "{error}");
 }
 
 #[tokio::test]
@@ -488,10 +452,7 @@ async fn an_overlong_message_is_refused_and_the_longest_is_readable() {
         .publish(draft("me:x", &"x".repeat(MESSAGE_LIMIT + 1)))
         .await
         .unwrap_err();
-    assert!(
-        matches!(error, CatalogError::MessageTooLong { .. }),
-        "{error}"
-    );
+    assert!(matches!(error, CatalogError::MessageTooLong { .. }), "{error}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -506,10 +467,7 @@ async fn a_store_that_never_answers_leaves_the_question_open_and_one_number_take
             // Written, and read back.
             Ok(record) => assert_eq!((fate, record.version), (Fate::AnswerLost, version(1))),
             Err(CatalogError::Unsettled { reference, .. }) => {
-                assert_eq!(
-                    (fate, reference.to_string().as_str()),
-                    (Fate::Dropped, "me:x/1")
-                );
+                assert_eq!((fate, reference.to_string().as_str()), (Fate::Dropped, "me:x/1"));
             }
             Err(error) => panic!("{fate:?}: {error}"),
         }
@@ -541,11 +499,7 @@ fn racing(publishers: usize, fates: Vec<Fate>) -> Result<(), TestCaseError> {
         });
         let answers = futures::future::join_all((0..publishers).map(|i| {
             let catalog = &catalog;
-            async move {
-                catalog
-                    .publish(draft("me:x", &format!("publisher {i}")))
-                    .await
-            }
+            async move { catalog.publish(draft("me:x", &format!("publisher {i}"))).await }
         }))
         .await;
         let mut published = BTreeMap::new();
@@ -671,10 +625,7 @@ fn content_that_is_whole_but_wrong_is_damage_with_a_remedy() {
     let mut more = serde_json::to_value(&good).unwrap();
     more["surprise"] = 1.into();
     let more = sealed::seal("record", &more).unwrap();
-    assert!(matches!(
-        decode_record(&home, &more),
-        Err(Damage::Fields { .. })
-    ));
+    assert!(matches!(decode_record(&home, &more), Err(Damage::Fields { .. })));
     let alias = sealed::seal("alias", &good).unwrap();
     assert!(matches!(decode_record(&home, &alias), Err(Damage::Frame)));
 }
@@ -704,11 +655,7 @@ async fn damage_names_the_key_and_does_not_hide_other_versions() {
         .put(&key, vec![b' '; 2 << 20].into())
         .await
         .unwrap();
-    assert!(
-        message(&catalog, "x/2")
-            .await
-            .contains("more than 1048576 bytes")
-    );
+    assert!(message(&catalog, "x/2").await.contains("more than 1048576 bytes"));
 }
 
 proptest! {
