@@ -121,6 +121,19 @@ pub enum AgentError {
     Stopping,
 }
 
+impl AgentError {
+    /// Another agent holds the cache directory; it may be ending.
+    pub fn is_cache_taken(&self) -> bool {
+        matches!(
+            self,
+            Self::Cache {
+                source: CacheError::Locked { .. },
+                ..
+            }
+        )
+    }
+}
+
 /// An error with its causes, in one line.
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();

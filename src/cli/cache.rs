@@ -8,14 +8,14 @@ use super::{
     CliError,
     args::{CacheCommand, CacheCommandArgs, CacheEvictArgs},
     config::{self, Overrides},
-    mount::connect,
+    mount::{AGENT_PAUSE, AGENT_TRIES, connect},
     output,
     progress::Bar,
 };
 use crate::{
     agent::{
-        Agent,
-        client::Client,
+        Agent, AgentError,
+        client::{Client, ClientError},
         control::{CacheInfo, EvictOutcome, EvictRequest, VerifyProgress, VersionRequest},
     },
     config::Settings,
@@ -38,24 +38,59 @@ enum Holder {
     Here(Arc<Agent>),
 }
 
-impl Holder {
-    async fn find(args: &CacheCommandArgs, settings: &Settings) -> Result<Self, CliError> {
-        match connect(&args.socket).await? {
-            Some(client) => Ok(Self::Agent(client)),
-            None => {
-                let config = config::agent_config(settings)?;
-                Ok(Self::Here(Agent::new(config).map_err(CliError::failed)?))
-            }
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+}
+
+impl Failure {
+    /// The agent was just ending: soon there is another, or none.
+    fn passes(&self) -> bool {
+        match self {
+            Self::Client(error) => error.is_absence(),
+            Self::Agent(error) => error.is_cache_taken(),
         }
     }
 }
 
+/// Does the work where the cache is open, wherever that is by then.
+async fn with_holder<T>(
+    args: &CacheCommandArgs,
+    settings: &Settings,
+    work: impl AsyncFn(Holder) -> Result<T, Failure>,
+) -> Result<T, CliError> {
+    let mut last = None;
+    for _ in 0..AGENT_TRIES {
+        let holder = match connect(&args.socket).await? {
+            Some(client) => Ok(Holder::Agent(client)),
+            None => Agent::new(config::agent_config(settings)?)
+                .map(Holder::Here)
+                .map_err(Failure::from),
+        };
+        let outcome = match holder {
+            Ok(holder) => work(holder).await,
+            Err(failure) => Err(failure),
+        };
+        match outcome {
+            Ok(done) => return Ok(done),
+            Err(failure) if failure.passes() => last = Some(failure),
+            Err(failure) => return Err(CliError::failed(failure)),
+        }
+        tokio::time::sleep(AGENT_PAUSE).await;
+    }
+    Err(last.map_or(CliError::Told, CliError::failed))
+}
+
 async fn status(args: &CacheCommandArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of(&Default::default(), &args.agent))?;
-    let info = match Holder::find(args, &settings).await? {
-        Holder::Agent(client) => client.cache().await.map_err(CliError::failed)?,
-        Holder::Here(agent) => agent.cache_info().await,
-    };
+    let info = with_holder(args, &settings, async |holder| match holder {
+        Holder::Agent(client) => Ok(client.cache().await?),
+        Holder::Here(agent) => Ok(agent.cache_info().await),
+    })
+    .await?;
     if args.output.json {
         output::print_json(&info);
     } else {
@@ -109,10 +144,11 @@ async fn evict(args: &CacheEvictArgs) -> Result<(), CliError> {
         None => None,
     };
     let request = EvictRequest { version };
-    let outcome = match Holder::find(&args.common, &settings).await? {
-        Holder::Agent(client) => client.evict(&request).await.map_err(CliError::failed)?,
-        Holder::Here(agent) => agent.evict(request).await.map_err(CliError::failed)?,
-    };
+    let outcome = with_holder(&args.common, &settings, async |holder| match holder {
+        Holder::Agent(client) => Ok(client.evict(&request).await?),
+        Holder::Here(agent) => Ok(agent.evict(request.clone()).await?),
+    })
+    .await?;
     if args.common.output.json {
         output::print_json(&outcome);
     } else {
@@ -136,19 +172,23 @@ async fn evict(args: &CacheEvictArgs) -> Result<(), CliError> {
 async fn verify(args: &CacheCommandArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of(&Default::default(), &args.agent))?;
     let bar = Bar::new("checking", "objects");
-    let done = match Holder::find(args, &settings).await? {
+    let done = with_holder(args, &settings, async |holder| match holder {
         Holder::Agent(client) => {
-            let total = client.cache().await.map_err(CliError::failed)?.objects;
-            client
-                .verify(|progress| bar.at(progress.objects, total))
-                .await
-                .map_err(CliError::failed)?
+            let total = client.cache().await?.objects;
+            Ok(client.verify(|progress| bar.at(progress.objects, total)).await?)
         }
         Holder::Here(agent) => {
-            let (sender, _seen) = watch::channel(VerifyProgress::default());
-            agent.verify(sender).await.map_err(CliError::failed)?
+            let total = agent.cache_info().await.objects;
+            let (progress, mut seen) = watch::channel(VerifyProgress::default());
+            let watching = async {
+                while seen.changed().await.is_ok() {
+                    bar.at(seen.borrow_and_update().objects, total);
+                }
+            };
+            Ok(futures::join!(agent.verify(progress), watching).0?)
         }
-    };
+    })
+    .await?;
     bar.finish();
     if args.output.json {
         output::print_json(&done);
