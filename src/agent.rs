@@ -30,7 +30,8 @@ use self::{
     snapshot::{Resolved, Snapshot, SnapshotError},
 };
 use crate::{
-    cache::{Cache, CacheError},
+    cache::Cache,
+    causes::in_one_line,
     fetch::{FetchError, Fetcher},
     fs::Owner,
     fuse::{self, Ended, MountError, MountOptions, Mounted, Operation},
@@ -38,7 +39,7 @@ use crate::{
     tree::TreeError,
 };
 pub use crate::{
-    cache::{CacheConfig, VerifyPolicy},
+    cache::{CacheConfig, CacheError, VerifyPolicy},
     fetch::FetchConfig,
 };
 
@@ -121,32 +122,18 @@ pub enum AgentError {
     Stopping,
 }
 
-impl AgentError {
-    /// Another agent holds the cache directory; it may be ending.
-    pub fn is_cache_taken(&self) -> bool {
-        matches!(
-            self,
-            Self::Cache {
-                source: CacheError::Locked { .. },
-                ..
-            }
-        )
-    }
-}
-
-/// An error with its causes, in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        if !text.contains(&next) {
-            text.push_str(": ");
-            text.push_str(&next);
-        }
-        cause = error.source();
-    }
-    text
+/// Unmounts a mount of ours that no agent serves any more; `None` where there is none. Blocking.
+pub fn unmount_orphan(path: &Path, lazy: bool) -> Option<UnmountOutcome> {
+    let ours = |mount: &fuse::MountLine| mount.mount_point == *path && mount.kind == "fuse.grid-mount";
+    let orphan = fuse::mounts().ok()?.into_iter().rfind(ours)?;
+    let error = fuse::unmount_at(path, lazy)
+        .err()
+        .map(|error| in_one_line(&error));
+    Some(UnmountOutcome {
+        reference: orphan.source.to_str()?.parse().ok()?,
+        mount_point: orphan.mount_point,
+        error,
+    })
 }
 
 /// One mount, served.
@@ -286,14 +273,12 @@ impl Agent {
         let reference = snapshot.resolved.reference();
         let mut options = MountOptions::new(point.path(), reference.to_string(), owner);
         options.io_mode = request.io_mode;
-        let mounted =
-            fuse::mount(snapshot.file_system(&self.fetcher, owner), options, &handle).map_err(|source| {
-                AgentError::Mount {
-                    requested: request.reference.clone(),
-                    mount_point: point.path().to_owned(),
-                    source,
-                }
-            })?;
+        let file_system = snapshot.file_system(&self.fetcher, owner, request.prefetch, &handle);
+        let mounted = fuse::mount(file_system, options, &handle).map_err(|source| AgentError::Mount {
+            requested: request.reference.clone(),
+            mount_point: point.path().to_owned(),
+            source,
+        })?;
         let mounted = Arc::new(mounted);
         let info = MountInfo {
             reference,
@@ -352,7 +337,14 @@ impl Agent {
     }
 
     pub async fn unmount(&self, request: UnmountRequest) -> Result<Vec<UnmountOutcome>, AgentError> {
-        let chosen = self.choose(&request.target)?;
+        let chosen = match (self.choose(&request.target), &request.target) {
+            (Err(error @ AgentError::NotMounted { .. }), UnmountTarget::MountPoint(path)) => {
+                return unmount_orphan(path, request.lazy)
+                    .map(|outcome| vec![outcome])
+                    .ok_or(error);
+            }
+            (chosen, _) => chosen?,
+        };
         let mut outcomes = Vec::with_capacity(chosen.len());
         for mount in chosen {
             outcomes.push(self.unmount_one(&mount, request.lazy).await);
@@ -371,7 +363,7 @@ impl Agent {
                     self.wait_until_gone(mount).await
                 }
             }
-            Ok(Err(error)) => Some(chain(&error)),
+            Ok(Err(error)) => Some(in_one_line(&error)),
             Err(error) => Some(error.to_string()),
         };
         UnmountOutcome {

@@ -15,7 +15,7 @@ mod warm;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use crate::causes::in_one_line;
 
 use self::args::{Cli, Command};
 
@@ -40,13 +40,13 @@ impl CliError {
 
     /// A wrong request, with its causes in one line.
     fn usage(error: impl std::error::Error) -> Self {
-        Self::Usage(output::chain(&error))
+        Self::Usage(in_one_line(&error))
     }
 }
 
 /// The program: parses, runs, prints what failed. 0 done, 1 failed, 2 usage.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::from_process();
     let command = cli.command.unwrap_or(Command::Mount(cli.mount));
     match run(command) {
         Ok(()) => ExitCode::SUCCESS,
@@ -56,7 +56,7 @@ pub fn main() -> ExitCode {
             ExitCode::from(2)
         }
         Err(CliError::Failed(error)) => {
-            output::note(&format!("grid-mount: {}", output::chain(&*error)));
+            output::note(&format!("grid-mount: {}", in_one_line(&*error)));
             ExitCode::from(1)
         }
     }

@@ -18,9 +18,9 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-pub use crate::fuse::IoModeWish;
+pub use crate::{fuse::IoModeWish, prefetch_policy::PrefetchPolicy};
 use crate::{
-    origin::StoreUrl,
+    origin::{StoreSettings, StoreUrl},
     reference::{PinnedReference, UserName},
     tree::Totals,
 };
@@ -55,8 +55,10 @@ pub struct MountRequest {
     pub catalog: StoreUrl,
     pub user: UserName,
     /// Object-store settings by their ecosystem names; secrets among them.
-    pub store_settings: BTreeMap<String, String>,
+    pub store_settings: StoreSettings,
     pub io_mode: IoModeWish,
+    #[serde(default)]
+    pub prefetch: PrefetchPolicy,
 }
 
 // A request carries credentials: no derived Debug.
@@ -67,7 +69,7 @@ impl std::fmt::Debug for MountRequest {
             .field("mount_point", &self.mount_point)
             .field("catalog", &self.catalog)
             .field("user", &self.user)
-            .field("store_settings", &self.store_settings.keys())
+            .field("store_settings", &self.store_settings)
             .finish_non_exhaustive()
     }
 }
@@ -131,7 +133,7 @@ pub struct VersionRequest {
     pub catalog: StoreUrl,
     pub user: UserName,
     /// Object-store settings by their ecosystem names; secrets among them.
-    pub store_settings: BTreeMap<String, String>,
+    pub store_settings: StoreSettings,
 }
 
 // As with `MountRequest`.
@@ -141,7 +143,7 @@ impl std::fmt::Debug for VersionRequest {
             .field("reference", &self.reference)
             .field("catalog", &self.catalog)
             .field("user", &self.user)
-            .field("store_settings", &self.store_settings.keys())
+            .field("store_settings", &self.store_settings)
             .finish()
     }
 }

@@ -20,6 +20,8 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
 };
 
+use crate::causes::in_one_line;
+
 use super::{
     Agent, AgentError, UnderWay,
     control::{
@@ -134,7 +136,7 @@ where
             let (line, last) = tokio::select! {
                 outcome = &mut work => match outcome {
                     Ok(done) => (Line::Done(done), true),
-                    Err(error) => (Line::Failed(Problem { message: super::chain(&error) }), true),
+                    Err(error) => (Line::Failed(Problem { message: in_one_line(&error) }), true),
                 },
                 () = tokio::time::sleep(PROGRESS_EVERY) => (Line::Progress(seen.borrow().clone()), false),
             };
@@ -166,7 +168,7 @@ impl From<AgentError> for Refusal {
             AgentError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
             _ => StatusCode::UNPROCESSABLE_ENTITY,
         };
-        Self(status, super::chain(&error))
+        Self(status, in_one_line(&error))
     }
 }
 

@@ -1,6 +1,6 @@
 //! From a request to something that can be mounted: the record, then the tree.
 
-use std::{collections::BTreeMap, io, path::PathBuf, sync::Arc, time::Duration};
+use std::{io, ops::Range, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::TryStreamExt;
 
@@ -14,8 +14,9 @@ use crate::{
         fetched::{Fetched, Sources},
     },
     origin::{Deadlines, OriginError, Pin, Store, StoreSettings, StoreUrl},
+    prefetch_policy::PrefetchPolicy,
     reference::{PinnedReference, Reference, UserName},
-    tree::{self, ObjectNo, Tree, TreeError},
+    tree::{self, ObjectNo, RowNo, Tree, TreeError},
 };
 
 /// No tree takes longer than this to arrive; each of its reads has a shorter deadline of its own.
@@ -78,16 +79,15 @@ impl Resolved {
         reference: &Reference,
         catalog_url: &StoreUrl,
         user: &UserName,
-        store_settings: &BTreeMap<String, String>,
+        settings: &StoreSettings,
     ) -> Result<Self, SnapshotError> {
-        let settings: StoreSettings = store_settings.clone().into_iter().collect();
-        let catalog = catalog::open(catalog_url, &settings, &Deadlines::control())?;
+        let catalog = catalog::open(catalog_url, settings, &Deadlines::control())?;
         let record = catalog.resolve(reference, user).await?;
         let url = match &record.origin {
             OriginLocation::Catalog => catalog.store().url().clone(),
             OriginLocation::Url(url) => url.clone(),
         };
-        let origin = Store::open(&url, &settings, &Deadlines::data()).map_err(SnapshotError::Origin)?;
+        let origin = Store::open(&url, settings, &Deadlines::data()).map_err(SnapshotError::Origin)?;
         Ok(Self {
             record,
             catalog,
@@ -238,11 +238,19 @@ impl Snapshot {
     }
 
     /// The snapshot as a file system of `owner`'s.
-    pub fn file_system(&self, fetcher: &Arc<Fetcher>, owner: Owner) -> GridFs {
+    pub fn file_system(
+        &self,
+        fetcher: &Arc<Fetcher>,
+        owner: Owner,
+        prefetch: PrefetchPolicy,
+        runtime: &tokio::runtime::Handle,
+    ) -> GridFs {
         let content = Arc::new(Fetched::new(
             Arc::clone(fetcher),
             self.sources(),
             domain(owner.uid),
+            prefetch,
+            runtime,
         ));
         let reference = self.resolved.reference().to_string();
         GridFs::new(
@@ -278,6 +286,15 @@ impl Sources for TreeSources {
             size: object.size,
             sums: self.sums.as_ref().map(|sums| sums.of(number)),
         })
+    }
+
+    fn total_bytes(&self) -> u64 {
+        self.tree.totals().bytes
+    }
+
+    fn files(&self) -> Box<dyn Iterator<Item = (ObjectNo, Range<u64>)> + Send + '_> {
+        let rows = (0..self.tree.row_count()).map(RowNo);
+        Box::new(rows.filter_map(|row| self.tree.object_range(row).ok().flatten()))
     }
 }
 

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     agent::{
-        Agent, AgentError,
+        Agent, AgentError, CacheError,
         client::{Client, ClientError},
         control::{CacheInfo, EvictOutcome, EvictRequest, VerifyProgress, VersionRequest},
     },
@@ -23,12 +23,37 @@ use crate::{
 };
 
 pub async fn cache(command: CacheCommand) -> Result<(), CliError> {
-    match command {
-        CacheCommand::Status(args) => status(&args).await,
-        CacheCommand::Path(args) => path(&args).await,
-        CacheCommand::Evict(args) => evict(&args).await,
-        CacheCommand::Verify(args) => verify(&args).await,
+    let mut tries = 0;
+    loop {
+        let done = match &command {
+            CacheCommand::Status(args) => status(args).await,
+            CacheCommand::Path(args) => path(args).await,
+            CacheCommand::Evict(args) => evict(args).await,
+            CacheCommand::Verify(args) => verify(args).await,
+        };
+        tries += 1;
+        match done {
+            Err(CliError::Failed(error)) if tries < AGENT_TRIES && changes_hands(&*error) => {
+                tokio::time::sleep(AGENT_PAUSE).await;
+            }
+            done => return done,
+        }
     }
+}
+
+/// An agent that was there has just ended, or holds the cache until it has.
+fn changes_hands(error: &(dyn std::error::Error + 'static)) -> bool {
+    let ended = error
+        .downcast_ref::<ClientError>()
+        .is_some_and(ClientError::is_absence);
+    let locked = matches!(
+        error.downcast_ref::<AgentError>(),
+        Some(AgentError::Cache {
+            source: CacheError::Locked { .. },
+            ..
+        })
+    );
+    ended || locked
 }
 
 /// Who has the cache open.
@@ -38,59 +63,24 @@ enum Holder {
     Here(Arc<Agent>),
 }
 
-#[derive(Debug, thiserror::Error)]
-enum Failure {
-    #[error(transparent)]
-    Client(#[from] ClientError),
-    #[error(transparent)]
-    Agent(#[from] AgentError),
-}
-
-impl Failure {
-    /// The agent was just ending: soon there is another, or none.
-    fn passes(&self) -> bool {
-        match self {
-            Self::Client(error) => error.is_absence(),
-            Self::Agent(error) => error.is_cache_taken(),
+impl Holder {
+    async fn find(args: &CacheCommandArgs, settings: &Settings) -> Result<Self, CliError> {
+        match connect(&args.socket).await? {
+            Some(client) => Ok(Self::Agent(client)),
+            None => {
+                let config = config::agent_config(settings)?;
+                Ok(Self::Here(Agent::new(config).map_err(CliError::failed)?))
+            }
         }
     }
-}
-
-/// Does the work where the cache is open, wherever that is by then.
-async fn with_holder<T>(
-    args: &CacheCommandArgs,
-    settings: &Settings,
-    work: impl AsyncFn(Holder) -> Result<T, Failure>,
-) -> Result<T, CliError> {
-    let mut last = None;
-    for _ in 0..AGENT_TRIES {
-        let holder = match connect(&args.socket).await? {
-            Some(client) => Ok(Holder::Agent(client)),
-            None => Agent::new(config::agent_config(settings)?)
-                .map(Holder::Here)
-                .map_err(Failure::from),
-        };
-        let outcome = match holder {
-            Ok(holder) => work(holder).await,
-            Err(failure) => Err(failure),
-        };
-        match outcome {
-            Ok(done) => return Ok(done),
-            Err(failure) if failure.passes() => last = Some(failure),
-            Err(failure) => return Err(CliError::failed(failure)),
-        }
-        tokio::time::sleep(AGENT_PAUSE).await;
-    }
-    Err(last.map_or(CliError::Told, CliError::failed))
 }
 
 async fn status(args: &CacheCommandArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of(&Default::default(), &args.agent))?;
-    let info = with_holder(args, &settings, async |holder| match holder {
-        Holder::Agent(client) => Ok(client.cache().await?),
-        Holder::Here(agent) => Ok(agent.cache_info().await),
-    })
-    .await?;
+    let info = match Holder::find(args, &settings).await? {
+        Holder::Agent(client) => client.cache().await.map_err(CliError::failed)?,
+        Holder::Here(agent) => agent.cache_info().await,
+    };
     if args.output.json {
         output::print_json(&info);
     } else {
@@ -144,11 +134,10 @@ async fn evict(args: &CacheEvictArgs) -> Result<(), CliError> {
         None => None,
     };
     let request = EvictRequest { version };
-    let outcome = with_holder(&args.common, &settings, async |holder| match holder {
-        Holder::Agent(client) => Ok(client.evict(&request).await?),
-        Holder::Here(agent) => Ok(agent.evict(request.clone()).await?),
-    })
-    .await?;
+    let outcome = match Holder::find(&args.common, &settings).await? {
+        Holder::Agent(client) => client.evict(&request).await.map_err(CliError::failed)?,
+        Holder::Here(agent) => agent.evict(request).await.map_err(CliError::failed)?,
+    };
     if args.common.output.json {
         output::print_json(&outcome);
     } else {
@@ -172,23 +161,19 @@ async fn evict(args: &CacheEvictArgs) -> Result<(), CliError> {
 async fn verify(args: &CacheCommandArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of(&Default::default(), &args.agent))?;
     let bar = Bar::new("checking", "objects");
-    let done = with_holder(args, &settings, async |holder| match holder {
+    let done = match Holder::find(args, &settings).await? {
         Holder::Agent(client) => {
-            let total = client.cache().await?.objects;
-            Ok(client.verify(|progress| bar.at(progress.objects, total)).await?)
+            let total = client.cache().await.map_err(CliError::failed)?.objects;
+            client
+                .verify(|progress| bar.at(progress.objects, total))
+                .await
+                .map_err(CliError::failed)?
         }
         Holder::Here(agent) => {
-            let total = agent.cache_info().await.objects;
-            let (progress, mut seen) = watch::channel(VerifyProgress::default());
-            let watching = async {
-                while seen.changed().await.is_ok() {
-                    bar.at(seen.borrow_and_update().objects, total);
-                }
-            };
-            Ok(futures::join!(agent.verify(progress), watching).0?)
+            let (sender, _seen) = watch::channel(VerifyProgress::default());
+            agent.verify(sender).await.map_err(CliError::failed)?
         }
-    })
-    .await?;
+    };
     bar.finish();
     if args.output.json {
         output::print_json(&done);
@@ -212,6 +197,6 @@ pub fn version(reference: &str, settings: &Settings) -> Result<VersionRequest, C
         reference: reference.to_owned(),
         catalog: settings.catalog.value.clone(),
         user: settings.user.value.clone(),
-        store_settings: config::store_settings(),
+        store_settings: config::store_settings()?,
     })
 }

@@ -17,6 +17,7 @@ const LINE_EVERY: Duration = Duration::from_secs(5);
 /// Progress of `publish` and `register`, on standard error.
 pub struct Shown {
     bar: Option<ProgressBar>,
+    phase: Mutex<&'static str>,
     files: AtomicU64,
     files_total: AtomicU64,
     bytes: AtomicU64,
@@ -37,6 +38,7 @@ impl Shown {
         });
         Self {
             bar,
+            phase: Mutex::new(""),
             files: AtomicU64::new(0),
             files_total: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
@@ -78,7 +80,8 @@ impl Shown {
             format!("{:.0} s", bytes_total.saturating_sub(bytes) as f64 / rate)
         };
         output::note(&format!(
-            "{files}/{files_total} files, {}/{}, {}/s, ETA {eta}",
+            "{}: {files}/{files_total} files, {}/{}, {}/s, ETA {eta}",
+            self.phase.lock(),
             output::bytes(bytes),
             output::bytes(bytes_total),
             output::bytes(rate as u64),
@@ -154,9 +157,9 @@ impl Progress for Shown {
             Phase::Tree => "indexing",
             Phase::Record => "recording",
         };
-        match &self.bar {
-            Some(bar) => bar.set_message(name),
-            None => output::note(name),
+        *self.phase.lock() = name;
+        if let Some(bar) = &self.bar {
+            bar.set_message(name);
         }
     }
 
