@@ -455,13 +455,17 @@ impl Fetcher {
                 let end = ((extent + 1) * BLOCKS_PER_EXTENT).min(blocks.end);
                 async move {
                     let wanted: Vec<u64> = (start..end).collect();
-                    for (_, started) in self.start(object, &wanted, priority) {
-                        if let Started::Coming(mut done) = started {
-                            let arrived = done
-                                .wait_for(Option::is_some)
-                                .await
-                                .map_err(|_| FetchError::Stopped)?;
-                            arrived.clone().ok_or(FetchError::Stopped)??;
+                    for (block, started) in self.start(object, &wanted, priority) {
+                        match started {
+                            Started::Coming(mut done) => {
+                                let arrived = done
+                                    .wait_for(Option::is_some)
+                                    .await
+                                    .map_err(|_| FetchError::Stopped)?;
+                                arrived.clone().ok_or(FetchError::Stopped)??;
+                            }
+                            // Here, but not in the cache: evicted since, or there was no room in the queue.
+                            Started::Here(bytes) => self.fill(object, block, &bytes, Purpose::WarmUp),
                         }
                     }
                     Ok(())

@@ -148,6 +148,10 @@ fn a_mounted_version_is_warmed_and_evicted_under_its_readers() {
     start.extend(rest);
     assert!(start == fs::read(dir.join("large/0.bin")).unwrap());
     assert!(fs::read(mount.join("large/1.bin")).unwrap() == noise(1, 11_000_000));
+    // Also when what was evicted is still in the agent's memory.
+    sandbox.ok(&["cache", "evict", "things"]);
+    let warm = json(&sandbox.ok(&["warm", "things", "--json"]));
+    assert_eq!(warm["bytes"], warm["bytes_total"]);
     assert_eq!(json(&sandbox.ok(&["cache", "verify", "--json"]))["damaged"], 0);
     drop(reader);
     sandbox.ok(&["unmount", "--all"]);

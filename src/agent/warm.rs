@@ -27,6 +27,7 @@ const BLOCKS_IN_FLIGHT: usize = 192;
 const PIECES_IN_FLIGHT: usize = 48;
 /// What has arrived is written within this, or the cache does not take it.
 const KEEP_PATIENCE: Duration = Duration::from_secs(10);
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 const KEEP_LOOK: Duration = Duration::from_millis(2);
 
 /// What is to be brought, in the order of the tree, neighbours joined.
@@ -209,26 +210,31 @@ impl Agent {
             });
             return Ok(());
         }
-        self.fetcher
-            .warm(&object, range.clone(), Priority::WarmUp)
-            .await
-            .map_err(|source| AgentError::Warm {
-                requested: requested.to_owned(),
-                source,
-            })?;
-        // Fetched, and on its way to the disk.
+        // Asked again for what was dropped on the way to the disk because others filled the queue.
         let until = Instant::now() + KEEP_PATIENCE;
-        while !cached.presence(&range) {
+        loop {
+            self.fetcher
+                .warm(&object, range.clone(), Priority::WarmUp)
+                .await
+                .map_err(|source| AgentError::Warm {
+                    requested: requested.to_owned(),
+                    source,
+                })?;
+            let again = Instant::now() + ASK_AGAIN;
+            while Instant::now() < again {
+                if cached.presence(&range) {
+                    progress.send_modify(|progress| progress.bytes += count);
+                    return Ok(());
+                }
+                tokio::time::sleep(KEEP_LOOK).await;
+            }
             let degraded = self.cache.stats().degraded;
             if degraded.is_some() || Instant::now() > until {
                 return Err(AgentError::NotKept {
                     reason: degraded.unwrap_or_else(|| "everything in it is in use".into()),
                 });
             }
-            tokio::time::sleep(KEEP_LOOK).await;
         }
-        progress.send_modify(|progress| progress.bytes += count);
-        Ok(())
     }
 }
 
