@@ -2,6 +2,7 @@
 
 mod agent;
 mod args;
+mod cache;
 mod catalog;
 mod config;
 mod demo;
@@ -10,6 +11,7 @@ mod output;
 mod progress;
 mod publish;
 mod status;
+mod warm;
 
 use std::process::ExitCode;
 
@@ -71,6 +73,8 @@ fn run(command: Command) -> Result<(), CliError> {
         Command::Alias(args) => block_on(catalog::alias(args)),
         Command::Publish(args) => block_on(publish::publish(args)),
         Command::Register(args) => block_on(publish::register(args)),
+        Command::Cache(args) => block_on(cache::cache(args.command)),
+        Command::Warm(args) => block_on(warm::warm(args)),
         Command::Config(args) => config::show(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Agent(args) => agent::agent(args),

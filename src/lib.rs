@@ -18,6 +18,7 @@ pub mod fuse;
 pub mod handover;
 pub mod origin;
 pub mod pin;
+pub mod prefetch_policy;
 pub mod publish;
 pub mod reference;
 pub mod tree;

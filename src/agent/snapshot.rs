@@ -1,21 +1,22 @@
 //! From a request to something that can be mounted: the record, then the tree.
 
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use std::{io, ops::Range, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::TryStreamExt;
 
-use super::{control::MountRequest, sums::SumsPart};
+use super::sums::SumsPart;
 use crate::{
     cache::{Cache, CacheError, TreeHandle},
     catalog::{self, Catalog, CatalogError, OriginLocation, Record, TreePart},
-    fetch::{Fetcher, Source},
+    fetch::{FetchObject, Fetcher, Source},
     fs::{
         self, GridFs, Owner,
         fetched::{Fetched, Sources},
     },
-    origin::{Deadlines, OriginError, Pin, Store, StoreUrl},
-    reference::{PinnedReference, Reference},
-    tree::{self, ObjectNo, Tree, TreeError},
+    origin::{Deadlines, OriginError, Pin, Store, StoreSettings, StoreUrl},
+    prefetch_policy::PrefetchPolicy,
+    reference::{PinnedReference, Reference, UserName},
+    tree::{self, ObjectNo, RowNo, Tree, TreeError},
 };
 
 /// No tree takes longer than this to arrive; each of its reads has a shorter deadline of its own.
@@ -74,10 +75,14 @@ pub struct Snapshot {
 }
 
 impl Resolved {
-    pub async fn new(reference: &Reference, request: &MountRequest) -> Result<Self, SnapshotError> {
-        let settings = &request.store_settings;
-        let catalog = catalog::open(&request.catalog, settings, &Deadlines::control())?;
-        let record = catalog.resolve(reference, &request.user).await?;
+    pub async fn new(
+        reference: &Reference,
+        catalog_url: &StoreUrl,
+        user: &UserName,
+        settings: &StoreSettings,
+    ) -> Result<Self, SnapshotError> {
+        let catalog = catalog::open(catalog_url, settings, &Deadlines::control())?;
+        let record = catalog.resolve(reference, user).await?;
         let url = match &record.origin {
             OriginLocation::Catalog => catalog.store().url().clone(),
             OriginLocation::Url(url) => url.clone(),
@@ -86,7 +91,7 @@ impl Resolved {
         Ok(Self {
             record,
             catalog,
-            catalog_url: request.catalog.clone(),
+            catalog_url: catalog_url.clone(),
             origin,
         })
     }
@@ -200,8 +205,7 @@ impl Resolved {
 }
 
 impl Snapshot {
-    /// The snapshot as a file system of `owner`'s.
-    pub fn file_system(&self, fetcher: &Arc<Fetcher>, owner: Owner) -> GridFs {
+    fn sources(&self) -> TreeSources {
         let resolved = &self.resolved;
         let sums = resolved
             .record
@@ -216,15 +220,39 @@ impl Snapshot {
                     part.key.clone(),
                 )
             });
-        let sources = TreeSources {
+        TreeSources {
             tree: Arc::clone(&self.tree),
             origin: resolved.origin.clone(),
             sums,
-        };
-        // Cached bytes are shared by whoever has this user's permissions: the user.
-        let domain = format!("uid {}", owner.uid);
-        let content = Arc::new(Fetched::new(Arc::clone(fetcher), sources, domain));
-        let reference = resolved.reference().to_string();
+        }
+    }
+
+    /// One object of the tree as the mounts of `uid` open it.
+    pub fn object(
+        &self,
+        fetcher: &Arc<Fetcher>,
+        uid: u32,
+        number: ObjectNo,
+    ) -> Result<Arc<FetchObject>, TreeError> {
+        Ok(fetcher.open(&domain(uid), self.sources().source(number)?))
+    }
+
+    /// The snapshot as a file system of `owner`'s.
+    pub fn file_system(
+        &self,
+        fetcher: &Arc<Fetcher>,
+        owner: Owner,
+        prefetch: PrefetchPolicy,
+        runtime: &tokio::runtime::Handle,
+    ) -> GridFs {
+        let content = Arc::new(Fetched::new(
+            Arc::clone(fetcher),
+            self.sources(),
+            domain(owner.uid),
+            prefetch,
+            runtime,
+        ));
+        let reference = self.resolved.reference().to_string();
         GridFs::new(
             fs::Snapshot {
                 reference,
@@ -234,6 +262,11 @@ impl Snapshot {
             owner,
         )
     }
+}
+
+/// Cached bytes are shared by whoever has this user's permissions: the user.
+fn domain(uid: u32) -> String {
+    format!("uid {uid}")
 }
 
 /// The tree's objects in the version's origin.
@@ -253,6 +286,15 @@ impl Sources for TreeSources {
             size: object.size,
             sums: self.sums.as_ref().map(|sums| sums.of(number)),
         })
+    }
+
+    fn total_bytes(&self) -> u64 {
+        self.tree.totals().bytes
+    }
+
+    fn files(&self) -> Box<dyn Iterator<Item = (ObjectNo, Range<u64>)> + Send + '_> {
+        let rows = (0..self.tree.row_count()).map(RowNo);
+        Box::new(rows.filter_map(|row| self.tree.object_range(row).ok().flatten()))
     }
 }
 

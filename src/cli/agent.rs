@@ -63,7 +63,7 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
 /// An agent in the foreground with one mount, until that is unmounted or a signal comes.
 pub fn foreground(args: MountArgs) -> Result<(), CliError> {
     start_logging();
-    let settings = config::load(&Overrides::of(&args.catalog, &args.agent))?;
+    let settings = config::load(&Overrides::of_mount(&args))?;
     let request = mount::request(&args, &settings)?;
     let socket = own_socket(&args.socket)?;
     let lock = SocketLock::acquire(&socket).map_err(|error| match error {

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, env, io, path::Path};
 
 use super::{
     CliError,
-    args::{AgentSettingArgs, CatalogArgs, ConfigArgs},
+    args::{AgentSettingArgs, CatalogArgs, ConfigArgs, MountArgs},
     output,
 };
 use crate::{
@@ -18,6 +18,15 @@ use crate::{
 pub struct Overrides(BTreeMap<&'static str, String>);
 
 impl Overrides {
+    /// Of a mount: its prefetching besides.
+    pub fn of_mount(args: &MountArgs) -> Self {
+        let mut overrides = Self::of(&args.catalog, &args.agent);
+        if let Some(prefetch) = &args.prefetch {
+            overrides.0.insert("prefetch", prefetch.clone());
+        }
+        overrides
+    }
+
     pub fn of(catalog: &CatalogArgs, agent: &AgentSettingArgs) -> Self {
         let path =
             |path: &Option<std::path::PathBuf>| path.as_ref().map(|path| path.to_string_lossy().into_owned());
@@ -69,7 +78,7 @@ pub fn agent_arguments(settings: &Settings) -> Vec<String> {
     settings
         .explain()
         .into_iter()
-        .filter(|line| !matches!(line.key, "catalog" | "user"))
+        .filter(|line| !matches!(line.key, "catalog" | "user" | "prefetch"))
         .map(|line| format!("--{}={}", line.key.replace('_', "-"), line.value))
         .collect()
 }
@@ -88,8 +97,9 @@ pub fn agent_config(settings: &Settings) -> Result<AgentConfig, CliError> {
             connections: usize::from(settings.connections.value),
             memory_limit: settings.memory_limit.value.0,
             read_deadline: settings.read_deadline.value,
-            // Enough to keep 64 connections of 90 MB/s busy for 20 ms; more only fills memory.
-            max_readahead: 128 << 20,
+            // An extent for each of 32 connections, which then wait little for first bytes; a quarter of the
+            // memory is the tighter bound.
+            max_readahead: 256 << 20,
         },
     })
 }
