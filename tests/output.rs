@@ -11,7 +11,7 @@ use std::{
     path::Path,
 };
 
-use sandbox::{Sandbox, skip};
+use sandbox::{Sandbox, skip, told};
 use serde_json::Value;
 
 /// One section of the document: field → the types it may have.
@@ -233,9 +233,11 @@ fn what_the_mount_commands_print() {
     status.was_all_seen();
 
     let mut unmount = Shape::of("unmount");
+    // `data` is also a directory right here, which is no mount point: the reference is meant.
+    assert!(sandbox.path("data").is_dir());
     let held = fs::File::open(Path::new(point).join("a")).unwrap();
     let output = sandbox.grid(&["unmount", "data", "--json"]).output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(output.status.code(), Some(1), "{}", told(&output));
     let refused = unmount.take(std::str::from_utf8(&output.stdout).unwrap());
     assert!(
         refused[0]["error"].as_str().unwrap().contains("in use"),
@@ -249,6 +251,10 @@ fn what_the_mount_commands_print() {
         unmount.take(&sandbox.ok(&["unmount", "--all", "--json"])),
         serde_json::json!([])
     );
+    // A bare name that is a mount point is one.
+    sandbox.ok(&["alice:data", "mnt"]);
+    let done = unmount.take(&sandbox.ok(&["unmount", "mnt", "--json"]));
+    assert_eq!(done[0]["mount_point"], sandbox.path("mnt").to_str().unwrap());
     unmount.was_all_seen();
 }
 
