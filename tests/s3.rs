@@ -214,6 +214,7 @@ fn a_prefix_is_registered_mounted_and_guarded() {
     let error = file.read_to_end(&mut bytes).unwrap_err();
     assert_eq!(error.raw_os_error(), Some(libc::EIO), "{error}");
     assert!(bytes.is_empty(), "{} bytes came before the error", bytes.len());
+    drop(file);
     let last_error = other.status()["agent"]["last_error"]
         .as_str()
         .unwrap_or_default()
@@ -247,7 +248,8 @@ fn a_prefix_is_registered_mounted_and_guarded() {
 }
 
 /// Each fails with one line that has all of `words`, and leaves nothing.
-fn all_fail(sandbox: &Sandbox, words: &[&str]) {
+fn all_fail(sandbox: &Sandbox, bucket: &str, words: &[&str]) {
+    let prefix = format!("s3://{bucket}/prefix");
     let source = sandbox.path("source");
     fs::create_dir_all(&source).unwrap();
     fs::write(source.join("a"), "1").unwrap();
@@ -255,14 +257,14 @@ fn all_fail(sandbox: &Sandbox, words: &[&str]) {
     let commands: [&[&str]; 5] = [
         &["alice:photos", point.to_str().unwrap()],
         &["publish", &source, "photos"],
-        &["register", "s3://given/prefix", "photos"],
+        &["register", &prefix, "photos"],
         &["list", "--global"],
         &["info", "alice:photos"],
     ];
     for command in commands {
         let said = sandbox.fails(1, command);
         // Publishing says how far it is, in lines of its own.
-        let progress = ["listing", "uploading"];
+        let progress = ["listing", "uploading", "indexing", "recording"];
         let errors: Vec<_> = said.lines().filter(|line| !progress.contains(line)).collect();
         assert_eq!(errors.len(), 1, "{command:?} says more than one line: {said}");
         assert!(errors[0].starts_with("grid-mount: "), "{said}");
@@ -285,9 +287,9 @@ fn wrong_keys_say_so() {
     let Some(weed) = Weed::shared() else { return };
     weed.create_bucket("given");
     let sandbox = on(&weed, Sandbox::new(), "s3://given/team").env("AWS_SECRET_ACCESS_KEY", WRONG_SECRET);
-    all_fail(&sandbox, &["s3://given", "credentials"]);
+    all_fail(&sandbox, "given", &["s3://given", "credentials"]);
     let unknown = on(&weed, Sandbox::new(), "s3://given/team").env("AWS_ACCESS_KEY_ID", "nobody");
-    all_fail(&unknown, &["s3://given", "credentials"]);
+    all_fail(&unknown, "given", &["s3://given", "credentials"]);
     // Nothing that failed is there for those who may look.
     let sound = on(&weed, Sandbox::new(), "s3://given/team");
     assert_eq!(sound.ok(&["list", "--global", "--json"]).trim(), "[]");
@@ -296,10 +298,11 @@ fn wrong_keys_say_so() {
 #[test]
 fn an_absent_bucket_says_so() {
     let Some(weed) = Weed::shared() else { return };
-    weed.create_bucket("given");
+    weed.create_bucket("present");
     let sandbox = on(&weed, Sandbox::new(), "s3://no-such-bucket/team");
     all_fail(
         &sandbox,
+        "no-such-bucket",
         &[
             "s3://no-such-bucket",
             "bucket",
@@ -308,14 +311,14 @@ fn an_absent_bucket_says_so() {
         ],
     );
     // A catalog that is there, and a prefix to register that is not.
-    let sandbox = on(&weed, Sandbox::new(), "s3://given/other");
+    let sandbox = on(&weed, Sandbox::new(), "s3://present/other");
     let said = sandbox.fails(1, &["register", "s3://no-such-bucket/prefix", "photos"]);
     assert!(
         said.contains("no-such-bucket") && said.contains("does not exist"),
         "{said}"
     );
-    let said = sandbox.fails(1, &["register", "s3://given/nothing/here", "photos"]);
-    assert!(said.contains("nothing below s3://given/nothing/here"), "{said}");
+    let said = sandbox.fails(1, &["register", "s3://present/nothing/here", "photos"]);
+    assert!(said.contains("nothing below s3://present/nothing/here"), "{said}");
     assert_eq!(sandbox.ok(&["list", "--global", "--json"]).trim(), "[]");
 }
 
@@ -331,7 +334,7 @@ fn an_unreachable_endpoint_says_so_to_every_command() {
         .env("AWS_SECRET_ACCESS_KEY", WRONG_SECRET)
         .env("AWS_REGION", "us-east-1")
         .env("GRID_MOUNT_CATALOG", "s3://given/team");
-    all_fail(&sandbox, &["s3://given", "check the endpoint"]);
+    all_fail(&sandbox, "given", &["s3://given", "check the endpoint"]);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::{
     env,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -219,12 +220,13 @@ fn report(args: &UnmountArgs, outcomes: &[UnmountOutcome]) -> Result<(), CliErro
     result
 }
 
-/// A path is what has a slash in front, or exists as a directory; anything else is a reference.
+/// A path is what looks like one, or is a mount point; anything else is a reference. That a directory has the
+/// name says nothing: `publish ./photos photos`, mount, `unmount photos` are all said in one place.
 fn target(args: &UnmountArgs, settings: &Settings) -> Result<UnmountTarget, CliError> {
     let Some(typed) = args.target.as_deref().filter(|_| !args.all) else {
         return Ok(UnmountTarget::All);
     };
-    let looks_like_path = typed.starts_with(['/', '.', '~']) || Path::new(typed).is_dir();
+    let looks_like_path = typed.starts_with(['/', '.', '~']) || is_mount_point(Path::new(typed));
     if looks_like_path {
         return Ok(UnmountTarget::MountPoint(absolute(Path::new(typed))?));
     }
@@ -233,4 +235,13 @@ fn target(args: &UnmountArgs, settings: &Settings) -> Result<UnmountTarget, CliE
         reference: typed.to_owned(),
         user: settings.user.value.clone(),
     })
+}
+
+fn is_mount_point(path: &Path) -> bool {
+    match (path.symlink_metadata(), path.join("..").metadata()) {
+        (Ok(here), Ok(above)) => here.is_dir() && here.dev() != above.dev(),
+        // What a dead agent left.
+        (Err(error), _) => error.raw_os_error() == Some(nix::errno::Errno::ENOTCONN as i32),
+        _ => false,
+    }
 }

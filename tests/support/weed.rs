@@ -153,7 +153,8 @@ impl Weed {
             .args([
                 "-s3.port.iceberg=0",
                 "-s3.port.lance=0",
-                "-volume.max=20",
+                // A bucket takes seven volumes at once; without room for them its objects cannot be put (500).
+                "-volume.max=200",
                 "-master.volumeSizeLimitMB=256",
             ])
             .arg(format!("-s3.config={}", config.display()))
