@@ -35,6 +35,7 @@ const SHAPE: Shape = Shape {
     rate: 90_000_000,
     straggler_every: 0,
     straggle: Duration::ZERO,
+    write: Duration::ZERO,
 };
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;

@@ -10,7 +10,9 @@ pub mod launch;
 pub mod mount_point;
 pub mod server;
 pub mod snapshot;
+mod stored;
 mod sums;
+mod warm;
 
 use std::{
     collections::BTreeMap,
@@ -28,14 +30,16 @@ use self::{
     snapshot::{Resolved, Snapshot, SnapshotError},
 };
 use crate::{
-    cache::{Cache, CacheError},
-    fetch::Fetcher,
+    cache::Cache,
+    causes::in_one_line,
+    fetch::{FetchError, Fetcher},
     fs::Owner,
     fuse::{self, Ended, MountError, MountOptions, Mounted, Operation},
     reference::{ParseError, QualifiedName, Reference},
+    tree::TreeError,
 };
 pub use crate::{
-    cache::{CacheConfig, VerifyPolicy},
+    cache::{CacheConfig, CacheError, VerifyPolicy},
     fetch::FetchConfig,
 };
 
@@ -88,23 +92,48 @@ pub enum AgentError {
         /// What is, in words.
         mounted: String,
     },
+    #[error("{pattern} is not a pattern of paths: {reason}")]
+    Pattern { pattern: String, reason: String },
+    #[error("nothing in {requested} matches {patterns}")]
+    NothingMatches { requested: String, patterns: String },
+    #[error(
+        "{requested} needs {needed} bytes, but the cache holds {limit}: name less of it with --include, or give the agent more with --cache-size"
+    )]
+    TooLarge {
+        requested: String,
+        needed: u64,
+        limit: u64,
+    },
+    #[error("{requested} cannot be fetched")]
+    Warm {
+        requested: String,
+        #[source]
+        source: FetchError,
+    },
+    #[error("the cache does not keep what arrives: {reason}")]
+    NotKept { reason: String },
+    #[error("the tree of {requested} is damaged")]
+    Tree {
+        requested: String,
+        #[source]
+        source: TreeError,
+    },
     #[error("the agent is stopping; try again")]
     Stopping,
 }
 
-/// An error with its causes, in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        if !text.contains(&next) {
-            text.push_str(": ");
-            text.push_str(&next);
-        }
-        cause = error.source();
-    }
-    text
+/// Unmounts a mount of ours that no agent serves any more; `None` where there is none. Blocking.
+pub fn unmount_orphan(path: &Path, lazy: bool) -> Option<UnmountOutcome> {
+    let ours = |mount: &fuse::MountLine| mount.mount_point == *path && mount.kind == "fuse.grid-mount";
+    let orphan = fuse::mounts().ok()?.into_iter().rfind(ours)?;
+    let error = fuse::unmount_at(path, lazy)
+        .err()
+        .map(|error| in_one_line(&error));
+    Some(UnmountOutcome {
+        reference: orphan.source.to_str()?.parse().ok()?,
+        mount_point: orphan.mount_point,
+        error,
+    })
 }
 
 /// One mount, served.
@@ -167,7 +196,14 @@ impl Agent {
             requested: request.reference.clone(),
             source,
         };
-        let resolved = Resolved::new(&reference, &request).await.map_err(failed)?;
+        let resolved = Resolved::new(
+            &reference,
+            &request.catalog,
+            &request.user,
+            &request.store_settings,
+        )
+        .await
+        .map_err(failed)?;
         let place = match self.reserve(&request.mount_point, &resolved)? {
             Place::Ours(reserved) => reserved,
             Place::AlreadyThere(info) => return Ok(*info),
@@ -301,7 +337,14 @@ impl Agent {
     }
 
     pub async fn unmount(&self, request: UnmountRequest) -> Result<Vec<UnmountOutcome>, AgentError> {
-        let chosen = self.choose(&request.target)?;
+        let chosen = match (self.choose(&request.target), &request.target) {
+            (Err(error @ AgentError::NotMounted { .. }), UnmountTarget::MountPoint(path)) => {
+                return unmount_orphan(path, request.lazy)
+                    .map(|outcome| vec![outcome])
+                    .ok_or(error);
+            }
+            (chosen, _) => chosen?,
+        };
         let mut outcomes = Vec::with_capacity(chosen.len());
         for mount in chosen {
             outcomes.push(self.unmount_one(&mount, request.lazy).await);
@@ -320,7 +363,7 @@ impl Agent {
                     self.wait_until_gone(mount).await
                 }
             }
-            Ok(Err(error)) => Some(chain(&error)),
+            Ok(Err(error)) => Some(in_one_line(&error)),
             Err(error) => Some(error.to_string()),
         };
         UnmountOutcome {

@@ -18,8 +18,8 @@ use serde::Serialize;
 use self::file::FileSettings;
 use crate::{
     bytesize::{ByteSize, ByteSizeError},
-    fs::prefetch::PrefetchPolicy,
     origin::{OriginError, StoreUrl},
+    prefetch_policy::PrefetchPolicy,
     reference::UserName,
 };
 
@@ -365,16 +365,6 @@ fn seconds(text: &str) -> Result<Duration, String> {
         Ok(seconds @ 1..=3600) => Ok(Duration::from_secs(seconds)),
         _ => Err(format!("{text:?} is not a number of seconds: write 1s to 3600s")),
     }
-}
-
-/// The variables of the object-store ecosystems, as they are.
-pub fn store_variables(
-    environment: impl IntoIterator<Item = (String, String)>,
-) -> impl Iterator<Item = (String, String)> {
-    const PREFIXES: [&str; 3] = ["AWS_", "GOOGLE_", "AZURE_"];
-    environment
-        .into_iter()
-        .filter(|(name, _)| PREFIXES.iter().any(|prefix| name.starts_with(prefix)))
 }
 
 #[cfg(test)]

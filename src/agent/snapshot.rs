@@ -4,18 +4,18 @@ use std::{io, ops::Range, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::TryStreamExt;
 
-use super::{control::MountRequest, sums::SumsPart};
+use super::sums::SumsPart;
 use crate::{
     cache::{Cache, CacheError, TreeHandle},
     catalog::{self, Catalog, CatalogError, OriginLocation, Record, TreePart},
-    fetch::{Fetcher, Source},
+    fetch::{FetchObject, Fetcher, Source},
     fs::{
         self, GridFs, Owner,
         fetched::{Fetched, Sources},
-        prefetch::PrefetchPolicy,
     },
     origin::{Deadlines, OriginError, Pin, Store, StoreSettings, StoreUrl},
-    reference::{PinnedReference, Reference},
+    prefetch_policy::PrefetchPolicy,
+    reference::{PinnedReference, Reference, UserName},
     tree::{self, ObjectNo, RowNo, Tree, TreeError},
 };
 
@@ -75,19 +75,23 @@ pub struct Snapshot {
 }
 
 impl Resolved {
-    pub async fn new(reference: &Reference, request: &MountRequest) -> Result<Self, SnapshotError> {
-        let settings: StoreSettings = request.store_settings.clone().into_iter().collect();
-        let catalog = catalog::open(&request.catalog, &settings, &Deadlines::control())?;
-        let record = catalog.resolve(reference, &request.user).await?;
+    pub async fn new(
+        reference: &Reference,
+        catalog_url: &StoreUrl,
+        user: &UserName,
+        settings: &StoreSettings,
+    ) -> Result<Self, SnapshotError> {
+        let catalog = catalog::open(catalog_url, settings, &Deadlines::control())?;
+        let record = catalog.resolve(reference, user).await?;
         let url = match &record.origin {
             OriginLocation::Catalog => catalog.store().url().clone(),
             OriginLocation::Url(url) => url.clone(),
         };
-        let origin = Store::open(&url, &settings, &Deadlines::data()).map_err(SnapshotError::Origin)?;
+        let origin = Store::open(&url, settings, &Deadlines::data()).map_err(SnapshotError::Origin)?;
         Ok(Self {
             record,
             catalog,
-            catalog_url: request.catalog.clone(),
+            catalog_url: catalog_url.clone(),
             origin,
         })
     }
@@ -201,14 +205,7 @@ impl Resolved {
 }
 
 impl Snapshot {
-    /// The snapshot as a file system of `owner`'s.
-    pub fn file_system(
-        &self,
-        fetcher: &Arc<Fetcher>,
-        owner: Owner,
-        prefetch: PrefetchPolicy,
-        runtime: &tokio::runtime::Handle,
-    ) -> GridFs {
+    fn sources(&self) -> TreeSources {
         let resolved = &self.resolved;
         let sums = resolved
             .record
@@ -223,21 +220,39 @@ impl Snapshot {
                     part.key.clone(),
                 )
             });
-        let sources = TreeSources {
+        TreeSources {
             tree: Arc::clone(&self.tree),
             origin: resolved.origin.clone(),
             sums,
-        };
-        // Cached bytes are shared by whoever has this user's permissions: the user.
-        let domain = format!("uid {}", owner.uid);
+        }
+    }
+
+    /// One object of the tree as the mounts of `uid` open it.
+    pub fn object(
+        &self,
+        fetcher: &Arc<Fetcher>,
+        uid: u32,
+        number: ObjectNo,
+    ) -> Result<Arc<FetchObject>, TreeError> {
+        Ok(fetcher.open(&domain(uid), self.sources().source(number)?))
+    }
+
+    /// The snapshot as a file system of `owner`'s.
+    pub fn file_system(
+        &self,
+        fetcher: &Arc<Fetcher>,
+        owner: Owner,
+        prefetch: PrefetchPolicy,
+        runtime: &tokio::runtime::Handle,
+    ) -> GridFs {
         let content = Arc::new(Fetched::new(
             Arc::clone(fetcher),
-            sources,
-            domain,
+            self.sources(),
+            domain(owner.uid),
             prefetch,
             runtime,
         ));
-        let reference = resolved.reference().to_string();
+        let reference = self.resolved.reference().to_string();
         GridFs::new(
             fs::Snapshot {
                 reference,
@@ -247,6 +262,11 @@ impl Snapshot {
             owner,
         )
     }
+}
+
+/// Cached bytes are shared by whoever has this user's permissions: the user.
+fn domain(uid: u32) -> String {
+    format!("uid {uid}")
 }
 
 /// The tree's objects in the version's origin.

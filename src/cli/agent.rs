@@ -15,6 +15,7 @@ use crate::agent::{
     launch::{LaunchError, Readiness, SocketLock},
     server,
 };
+use crate::causes::in_one_line;
 
 /// An agent that was started for a mount which then was refused goes again after this.
 const FIRST_MOUNT_PATIENCE: Duration = Duration::from_secs(5);
@@ -31,7 +32,7 @@ pub fn agent(args: AgentArgs) -> Result<(), CliError> {
     let result = agent_inner(&args, &mut readiness);
     if let Err(error) = &result {
         readiness.failed(&match error {
-            CliError::Failed(error) => output::chain(&**error),
+            CliError::Failed(error) => in_one_line(&**error),
             other => other.to_string(),
         });
     }

@@ -9,7 +9,8 @@ use super::{
 };
 use crate::{
     agent::{AgentConfig, CacheConfig, FetchConfig, VerifyPolicy},
-    config::{self, Inputs, Settings},
+    config::{Inputs, Settings},
+    origin::StoreSettings,
 };
 
 /// What the flags say, by setting.
@@ -67,12 +68,9 @@ fn unicode_environment() -> impl Iterator<Item = (String, String)> {
     env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
 }
 
-/// The caller's object-store settings: they travel with each request.
-pub fn store_settings() -> BTreeMap<String, String> {
-    let home = env::var("HOME").ok().map(|home| ("HOME".to_owned(), home));
-    config::store_variables(unicode_environment())
-        .chain(home)
-        .collect()
+/// The caller's object-store settings, profile included: they travel with each request.
+pub fn store_settings() -> Result<StoreSettings, CliError> {
+    StoreSettings::from_env().map_err(CliError::failed)
 }
 
 /// The `agent` subcommand's flags that give a new agent these settings.

@@ -16,11 +16,12 @@ use parking_lot::Mutex;
 
 use super::{
     content::{Content, ReadError},
-    prefetch::{self, Breadth, PrefetchPolicy, Width},
+    prefetch::{self, Breadth, Width},
 };
 use crate::{
     block::{BLOCK_SIZE, blocks_covering},
     fetch::{FetchObject, Fetcher, Priority, Source, Streams},
+    prefetch_policy::PrefetchPolicy,
     tree::{Ino, ObjectNo, TreeError},
 };
 
