@@ -1,9 +1,9 @@
 //! Cold reads through `fetch`, beside plain parallel ranged GETs of the same store in the same run.
 //!
-//!     cargo bench --bench fetch [-- --small]
+//!     cargo bench --bench fetch [-- --small] [--only sequential|random|small-files]
 //!
 //! The origin is in this process, shaped to 20 ms to the first byte and 90 MB/s per connection. No kernel
-//! and no disk cache take part: what is measured is the fetcher.
+//! takes part, and a disk cache only for the small files: what is measured is the fetcher.
 
 #[path = "../tests/support/s3_origin.rs"]
 mod s3_origin;
@@ -17,8 +17,15 @@ use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use grid_mount::{
     block::BLOCK_SIZE,
+    cache::{Cache, CacheConfig, VerifyPolicy},
     fetch::{FetchConfig, FetchObject, Fetcher, Priority, Source, Streams},
+    fs::{
+        content::Content,
+        fetched::{Fetched, Sources},
+    },
     origin::{Deadlines, Pin, Store},
+    prefetch_policy::PrefetchPolicy,
+    tree::{Ino, ObjectNo, TreeError},
 };
 use s3_origin::{S3Origin, Shape};
 
@@ -33,6 +40,15 @@ const SHAPE: Shape = Shape {
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
+fn config() -> FetchConfig {
+    FetchConfig {
+        connections: CONNECTIONS,
+        memory_limit: 1 << 30,
+        read_deadline: Duration::from_secs(30),
+        max_readahead: 256 << 20,
+    }
+}
+
 struct Bench {
     origin: S3Origin,
     store: Store,
@@ -41,13 +57,7 @@ struct Bench {
 
 impl Bench {
     fn fetcher(&self) -> (Arc<Fetcher>, Arc<FetchObject>) {
-        let config = FetchConfig {
-            connections: CONNECTIONS,
-            memory_limit: 1 << 30,
-            read_deadline: Duration::from_secs(30),
-            max_readahead: 256 << 20,
-        };
-        let fetcher = Fetcher::new(config, None, tokio::runtime::Handle::current());
+        let fetcher = Fetcher::new(config(), None, tokio::runtime::Handle::current());
         let object = self.open(&fetcher, "big", self.size);
         (fetcher, object)
     }
@@ -82,9 +92,10 @@ async fn read(
     fetcher: &Arc<Fetcher>,
     object: &Arc<FetchObject>,
     range: std::ops::Range<u64>,
+    buffer: &mut Vec<u8>,
 ) -> Result<u64, Failure> {
-    let mut buffer = Vec::new();
-    if fetcher.read_cached(object, range.clone(), &mut buffer).is_some() {
+    // The buffer is the caller's and used again, as the kernel's side does.
+    if fetcher.read_cached(object, range.clone(), buffer).is_some() {
         return Ok(buffer.len() as u64);
     }
     Ok(fetcher.read(object, range).await?.len() as u64)
@@ -118,11 +129,11 @@ async fn sequential(bench: &Bench) -> Result<(), Failure> {
     let (fetcher, object) = bench.fetcher();
     let streams = Streams::default();
     let before = bench.moved();
-    let (began, mut first) = (Instant::now(), None);
+    let (began, mut first, mut buffer) = (Instant::now(), None, Vec::new());
     for at in (0..bench.size).step_by(BLOCK_SIZE as usize) {
         let range = at..at + BLOCK_SIZE;
         fetcher.advise(&object, &streams, range.clone(), 0..bench.size);
-        read(&fetcher, &object, range).await?;
+        read(&fetcher, &object, range, &mut buffer).await?;
         first.get_or_insert_with(|| began.elapsed());
     }
     let got = mb(bench.size, began.elapsed());
@@ -167,7 +178,7 @@ async fn random(bench: &Bench, readers: usize, reads: u64, warm: bool, label: &s
                 let at = place(n + reads);
                 let began = Instant::now();
                 fetcher.advise(object, streams, at..at + 4096, 0..bench.size);
-                read(fetcher, object, at..at + 4096).await?;
+                read(fetcher, object, at..at + 4096, &mut Vec::new()).await?;
                 Ok::<_, Failure>(began.elapsed())
             }
         })
@@ -190,10 +201,55 @@ async fn random(bench: &Bench, readers: usize, reads: u64, warm: bool, label: &s
     Ok(())
 }
 
-async fn small_files(bench: &Bench, files: u64) -> Result<(), Failure> {
-    const FILE: u64 = 100 << 10;
-    let one = bench.origin.put("small", vec![7; FILE as usize]);
-    drop(one);
+/// Files of 100 KiB, each from a 4 KiB boundary, in objects of up to 64 MiB: what publishing makes of them.
+struct Bundles {
+    store: Store,
+    files: u64,
+}
+
+const FILE: u64 = 100 << 10;
+const IN_A_BUNDLE: u64 = (64 << 20) / FILE;
+
+impl Bundles {
+    fn place(&self, file: u64) -> (ObjectNo, std::ops::Range<u64>) {
+        let start = file % IN_A_BUNDLE * FILE;
+        (ObjectNo((file / IN_A_BUNDLE) as u32), start..start + FILE)
+    }
+}
+
+impl Sources for Bundles {
+    fn source(&self, object: ObjectNo) -> Result<Source, TreeError> {
+        let files = (self.files - u64::from(object.0) * IN_A_BUNDLE).min(IN_A_BUNDLE);
+        Ok(Source {
+            store: self.store.clone(),
+            key: format!("bundle{}", object.0),
+            pin: Pin::Content,
+            size: files * FILE,
+            sums: None,
+        })
+    }
+
+    fn total_bytes(&self) -> u64 {
+        self.files * FILE
+    }
+
+    fn files(&self) -> Box<dyn Iterator<Item = (ObjectNo, std::ops::Range<u64>)> + Send + '_> {
+        Box::new((0..self.files).map(|file| self.place(file)))
+    }
+}
+
+async fn small_files(bench: &Bench, files: u64, all: bool) -> Result<(), Failure> {
+    let one = Bytes::from(vec![7; FILE as usize]);
+    bench.origin.put("small", one);
+    let bundle = Bytes::from(vec![7; (IN_A_BUNDLE * FILE) as usize]);
+    let sources = Bundles {
+        store: bench.store.clone(),
+        files,
+    };
+    for number in 0..files.div_ceil(IN_A_BUNDLE) {
+        let size = sources.source(ObjectNo(number as u32))?.size as usize;
+        bench.origin.put(&format!("bundle{number}"), bundle.slice(..size));
+    }
     let began = Instant::now();
     let some = files / 10;
     stream::iter(0..some)
@@ -202,34 +258,71 @@ async fn small_files(bench: &Bench, files: u64) -> Result<(), Failure> {
         .try_for_each(|_| async { Ok(()) })
         .await?;
     let serial = some as f64 / began.elapsed().as_secs_f64();
-    // Bundled: files lie in 64 MiB objects; readers come in shuffled order while everything is warmed.
-    let (fetcher, object) = bench.fetcher();
-    let slot = (FILE.div_ceil(4096)) * 4096;
-    let files = files.min(bench.size / slot);
-    let mut order: Vec<u64> = (0..files).collect();
-    order.sort_by_key(|n| n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 7);
-    let before = bench.moved();
     let began = Instant::now();
-    let (warm_fetcher, warm_object) = (Arc::clone(&fetcher), Arc::clone(&object));
-    let warming = tokio::spawn(async move {
-        warm_fetcher
-            .warm(&warm_object, 0..files * slot, Priority::Readahead)
-            .await
-    });
-    let (reader, object) = (&fetcher, &object);
-    stream::iter(order)
-        .map(|n| async move { read(reader, object, n * slot..n * slot + FILE).await })
-        .buffer_unordered(8)
+    stream::iter((0..bench.size).step_by(8 << 20))
+        .map(|at| bench.plain("big", at..(at + (8 << 20)).min(bench.size)))
+        .buffer_unordered(CONNECTIONS)
         .try_for_each(|_| async { Ok(()) })
         .await?;
+    let ceiling = mb(bench.size, began.elapsed());
+
+    let dir = tempfile::tempdir()?;
+    let cache = Cache::open(CacheConfig {
+        dir: dir.path().to_owned(),
+        max_bytes: 8 << 30,
+        min_free: 0,
+        verify: VerifyPolicy::EarlierBoot,
+    })?;
+    let fetcher = Fetcher::new(config(), Some(cache), tokio::runtime::Handle::current());
+    let mut order: Vec<u64> = (0..files).collect();
+    order.sort_by_key(|n| n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 7);
+    let places: Vec<_> = order.iter().map(|&file| (file, sources.place(file))).collect();
+    let before = bench.moved();
+    let began = Instant::now();
+    let policy = if all {
+        PrefetchPolicy::All
+    } else {
+        PrefetchPolicy::Auto
+    };
+    let runtime = tokio::runtime::Handle::current();
+    let content = Arc::new(Fetched::new(
+        Arc::clone(&fetcher),
+        sources,
+        "bench".into(),
+        policy,
+        &runtime,
+    ));
+    let places = Arc::new(places);
+    let readers = (0..8).map(|reader| {
+        let (content, places) = (Arc::clone(&content), Arc::clone(&places));
+        tokio::spawn(async move {
+            let mut buffer = Vec::new();
+            for (file, (object, range)) in places.iter().skip(reader).step_by(8) {
+                if !content.read_cached(*object, range.clone(), &mut buffer) {
+                    let (bytes, ()) = futures::join!(content.read(*object, range.clone()), async {
+                        content.advise(Ino(*file), *object, range.clone(), range.clone());
+                    });
+                    bytes?;
+                } else {
+                    content.advise(Ino(*file), *object, range.clone(), range.clone());
+                }
+            }
+            Ok::<_, Failure>(())
+        })
+    });
+    for done in futures::future::join_all(readers).await {
+        done??;
+    }
     let took = began.elapsed();
-    warming.abort();
+    drop(content);
     let after = bench.moved();
+    let got = mb(files * FILE, took);
     println!(
-        "{files} files of 100 KiB in bundles, 8 readers, shuffled: {:.0} files/s, {:.0} MB/s; one GET per file, 8 at a time: {serial:.0} files/s; {:.2} bytes fetched per byte read",
+        "{files} files of 100 KiB in bundles, 8 readers, shuffled, --prefetch {policy}, cache on disk: {:.0} files/s, {got:.0} MB/s of {ceiling:.0} ({:.2}); one GET per file, 8 at a time: {serial:.0} files/s; {:.2} bytes fetched per byte read, {} blocks not cached",
         files as f64 / took.as_secs_f64(),
-        mb(files * FILE, took),
-        (after.1 - before.1) as f64 / (files * FILE) as f64
+        got / ceiling,
+        (after.1 - before.1) as f64 / (files * FILE) as f64,
+        fetcher.stats().fills_dropped
     );
     Ok(())
 }
@@ -245,30 +338,30 @@ async fn main() -> Result<(), Failure> {
     let settings = origin.settings().into_iter().collect();
     let store = Store::open(&"s3://bucket".parse()?, &settings, &Deadlines::data())?;
     let bench = Bench { origin, store, size };
-    sequential(&bench).await?;
-    random(&bench, 1, if small { 60 } else { 200 }, false, "").await?;
-    random(&bench, 16, if small { 600 } else { 3000 }, false, "").await?;
-    random(
-        &bench,
-        16,
-        if small { 600 } else { 3000 },
-        true,
-        ", while another version is warmed",
-    )
-    .await?;
-    bench.origin.shape(Shape {
-        straggler_every: 50,
-        straggle: Duration::from_secs(1),
-        ..SHAPE
-    });
-    random(
-        &bench,
-        16,
-        if small { 600 } else { 3000 },
-        false,
-        ", 2 % stragglers of 1 s",
-    )
-    .await?;
-    bench.origin.shape(SHAPE);
-    small_files(&bench, if small { 2000 } else { 20_000 }).await
+    let only = std::env::args()
+        .skip_while(|argument| argument != "--only")
+        .nth(1);
+    let wanted = |name: &str| only.as_deref().is_none_or(|only| only == name);
+    if wanted("sequential") {
+        sequential(&bench).await?;
+    }
+    if wanted("random") {
+        let reads = if small { 600 } else { 3000 };
+        random(&bench, 1, if small { 60 } else { 200 }, false, "").await?;
+        random(&bench, 16, reads, false, "").await?;
+        random(&bench, 16, reads, true, ", while another version is warmed").await?;
+        bench.origin.shape(Shape {
+            straggler_every: 50,
+            straggle: Duration::from_secs(1),
+            ..SHAPE
+        });
+        random(&bench, 16, reads, false, ", 2 % stragglers of 1 s").await?;
+        bench.origin.shape(SHAPE);
+    }
+    if wanted("small-files") {
+        let files = if small { 2000 } else { 20_000 };
+        small_files(&bench, files, false).await?;
+        small_files(&bench, files, true).await?;
+    }
+    Ok(())
 }

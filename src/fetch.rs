@@ -230,7 +230,7 @@ impl Fetcher {
     ) -> Result<Bytes, FetchError> {
         let blocks = blocks_covering(&range);
         let wanted: Vec<u64> = blocks.clone().collect();
-        let mut arrivals = self.start(object, &wanted, Priority::Waited);
+        let mut arrivals = self.start(object, &wanted, Priority::Waited, BLOCKS_PER_EXTENT);
         self.mark_read(object, &blocks);
         let mut whole = BytesMut::with_capacity(usize::try_from(range.end - range.start).unwrap_or(0));
         for block in blocks.clone() {
@@ -272,7 +272,7 @@ impl Fetcher {
             }
         }
         match self
-            .start_absent(object, &[block], Priority::Waited)
+            .start_absent(object, &[block], Priority::Waited, 1)
             .remove(&block)
         {
             Some(Started::Here(bytes)) => Ok(bytes),
@@ -288,11 +288,13 @@ impl Fetcher {
     }
 
     /// Starts (or joins) the fetches of those `wanted` blocks (ascending) that the cache does not have.
+    /// `piece`: blocks of one GET of what is fetched ahead.
     fn start(
         self: &Arc<Self>,
         object: &Arc<FetchObject>,
         wanted: &[u64],
         priority: Priority,
+        piece: u64,
     ) -> HashMap<u64, Started> {
         let absent: Vec<u64> = match (&object.cached, wanted) {
             (Some(cached), [first, .., last] | [first @ last]) => {
@@ -305,7 +307,7 @@ impl Fetcher {
             }
             _ => wanted.to_vec(),
         };
-        self.start_absent(object, &absent, priority)
+        self.start_absent(object, &absent, priority, piece)
     }
 
     fn start_absent(
@@ -313,6 +315,7 @@ impl Fetcher {
         object: &Arc<FetchObject>,
         absent: &[u64],
         priority: Priority,
+        piece: u64,
     ) -> HashMap<u64, Started> {
         let mut started = HashMap::with_capacity(absent.len());
         let mut jobs: Vec<Job> = Vec::new();
@@ -332,16 +335,10 @@ impl Fetcher {
                     new.push(block);
                 }
             }
-            // A waiting reader's request is spread over all connections. What is fetched ahead goes in larger
-            // pieces, which waste less of each connection on waiting for first bytes: as large as the largest
-            // window has room for on all connections.
-            let connections = self.config.connections as u64;
             let most = match priority {
-                Priority::Waited => readahead::piece_size(new.len() as u64, connections),
-                Priority::Readahead => readahead::piece_size(new.len() as u64, 4).min(readahead::piece_size(
-                    self.largest_window() / BLOCK_SIZE,
-                    connections,
-                )),
+                // A waiting reader's request is spread over all connections.
+                Priority::Waited => self.piece(new.len() as u64),
+                Priority::Readahead => piece,
                 Priority::WarmUp => BLOCKS_PER_EXTENT,
             };
             for run in runs(&new) {
@@ -391,9 +388,13 @@ impl Fetcher {
         range: Range<u64>,
         window: Range<u64>,
     ) {
-        for ahead in streams.advise(&range, &object.clip(&window), self.largest_window()) {
+        let (ranges, window) = streams.advise(&range, &object.clip(&window), self.largest_window());
+        // Small while the window is: all connections have a part of it, and the next byte comes soon. Large
+        // pieces waste less of each connection on waiting for first bytes.
+        let piece = self.piece(window / BLOCK_SIZE);
+        for ahead in ranges {
             let wanted: Vec<u64> = blocks_covering(&ahead).collect();
-            self.fetch_ahead(object, &wanted);
+            self.fetch_ahead(object, &wanted, piece);
         }
     }
 
@@ -410,18 +411,22 @@ impl Fetcher {
             .filter(|block| !own.contains(block))
             .collect();
         let own: Vec<u64> = own.collect();
-        self.start(object, &own, Priority::Waited);
-        self.fetch_ahead(object, &neighbours);
+        self.start(object, &own, Priority::Waited, BLOCKS_PER_EXTENT);
+        self.fetch_ahead(object, &neighbours, BLOCKS_PER_EXTENT);
     }
 
-    fn fetch_ahead(self: &Arc<Self>, object: &Arc<FetchObject>, wanted: &[u64]) {
-        let started = self.start(object, wanted, Priority::Readahead);
+    fn fetch_ahead(self: &Arc<Self>, object: &Arc<FetchObject>, wanted: &[u64], piece: u64) {
+        let started = self.start(object, wanted, Priority::Readahead, piece);
         let mut unread = object.unread.lock();
         for (block, started) in started {
             if matches!(started, Started::Coming(_)) && unread.len() < MOST_UNREAD && unread.insert(block) {
                 self.tally.readahead_blocks.fetch_add(1, Relaxed);
             }
         }
+    }
+
+    fn piece(&self, blocks: u64) -> u64 {
+        readahead::piece_size(blocks, self.config.connections as u64)
     }
 
     /// Without room to keep it, what is fetched ahead would be fetched twice: less than what `recent` holds.
@@ -455,7 +460,7 @@ impl Fetcher {
                 let end = ((extent + 1) * BLOCKS_PER_EXTENT).min(blocks.end);
                 async move {
                     let wanted: Vec<u64> = (start..end).collect();
-                    for (block, started) in self.start(object, &wanted, priority) {
+                    for (block, started) in self.start(object, &wanted, priority, BLOCKS_PER_EXTENT) {
                         match started {
                             Started::Coming(mut done) => {
                                 let arrived = done

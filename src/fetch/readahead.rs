@@ -46,17 +46,24 @@ impl Streams {
         Self::default()
     }
 
-    /// What to fetch after a read of `range`, within `bounds`; `largest` bounds the window.
-    pub(super) fn advise(&self, range: &Range<u64>, bounds: &Range<u64>, largest: u64) -> Vec<Range<u64>> {
+    /// What to fetch after a read of `range`, within `bounds`, and the window it belongs to, which `largest`
+    /// bounds.
+    pub(super) fn advise(
+        &self,
+        range: &Range<u64>,
+        bounds: &Range<u64>,
+        largest: u64,
+    ) -> (Vec<Range<u64>>, u64) {
         if range.is_empty() || largest < BLOCK_SIZE {
-            return Vec::new();
+            return (Vec::new(), 0);
         }
         let mut streams = self.streams.lock();
         let (ahead, at) = Self::follow(&mut streams, range, bounds, largest);
         // The most recently used stream stands last; the first is the one to forget.
         let stream = streams.remove(at);
+        let window = stream.window;
         streams.push(stream);
-        ahead
+        (ahead, window)
     }
 
     fn follow(
@@ -246,7 +253,7 @@ mod tests {
         let streams = Streams::new();
         reads
             .into_iter()
-            .flat_map(|read| streams.advise(&read, &WHOLE, LARGEST))
+            .flat_map(|read| streams.advise(&read, &WHOLE, LARGEST).0)
             .map(|r| r.end - r.start)
             .sum()
     }
@@ -258,7 +265,7 @@ mod tests {
         let mut furthest = 0;
         for n in 0..4000u64 {
             let read = n * BLOCK_SIZE..(n + 1) * BLOCK_SIZE;
-            for ahead in streams.advise(&read, &WHOLE, LARGEST) {
+            for ahead in streams.advise(&read, &WHOLE, LARGEST).0 {
                 assert!(ahead.start <= covered.max(read.end), "a gap before {ahead:?}");
                 covered = covered.max(ahead.end);
             }
@@ -306,7 +313,7 @@ mod tests {
             let streams = Streams::new();
             let bounds = 1 << 20..1 << 29;
             for (start, length) in reads {
-                for ahead in streams.advise(&(start..start + length), &bounds, LARGEST) {
+                for ahead in streams.advise(&(start..start + length), &bounds, LARGEST).0 {
                     prop_assert!(ahead.start >= bounds.start && ahead.end <= bounds.end && !ahead.is_empty());
                 }
             }
