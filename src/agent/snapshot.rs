@@ -78,11 +78,27 @@ impl Resolved {
         let settings: StoreSettings = request.store_settings.clone().into_iter().collect();
         let catalog = catalog::open(&request.catalog, &settings, &Deadlines::control())?;
         let record = catalog.resolve(reference, &request.user).await?;
+        Self::with(record, catalog, request, &settings)
+    }
+
+    /// As it was resolved before: asks nobody.
+    pub fn again(record: Record, request: &MountRequest) -> Result<Self, SnapshotError> {
+        let settings: StoreSettings = request.store_settings.clone().into_iter().collect();
+        let catalog = catalog::open(&request.catalog, &settings, &Deadlines::control())?;
+        Self::with(record, catalog, request, &settings)
+    }
+
+    fn with(
+        record: Record,
+        catalog: Arc<dyn Catalog>,
+        request: &MountRequest,
+        settings: &StoreSettings,
+    ) -> Result<Self, SnapshotError> {
         let url = match &record.origin {
             OriginLocation::Catalog => catalog.store().url().clone(),
             OriginLocation::Url(url) => url.clone(),
         };
-        let origin = Store::open(&url, &settings, &Deadlines::data()).map_err(SnapshotError::Origin)?;
+        let origin = Store::open(&url, settings, &Deadlines::data()).map_err(SnapshotError::Origin)?;
         Ok(Self {
             record,
             catalog,
