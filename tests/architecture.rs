@@ -38,7 +38,15 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     (
         "cli",
-        &["agent", "catalog", "config", "keeper", "publish", "reference", "origin"],
+        &[
+            "agent",
+            "catalog",
+            "config",
+            "keeper",
+            "publish",
+            "reference",
+            "origin",
+        ],
     ),
 ];
 

@@ -85,7 +85,11 @@ fn runtime_is_clean(sandbox: &Sandbox) {
 
 fn run(sandbox: &Sandbox, program: &str, arguments: &[&str]) -> Vec<u8> {
     let output = sandbox.program(program).args(arguments).output().unwrap();
-    assert!(output.status.success(), "{program} {arguments:?}: {}", told(&output));
+    assert!(
+        output.status.success(),
+        "{program} {arguments:?}: {}",
+        told(&output)
+    );
     output.stdout
 }
 
@@ -127,6 +131,15 @@ fn survive(sandbox: &Sandbox, source: &Path, mode: &str) {
     let stop = AtomicBool::new(false);
     let rounds: [AtomicU64; 3] = Default::default();
     let longest = AtomicU64::new(0);
+    let repeat = |at: usize, round: &mut dyn FnMut(u64)| {
+        while !stop.load(Relaxed) {
+            let begun = Instant::now();
+            round(rounds[at].fetch_add(1, Relaxed));
+            if at == 2 {
+                longest.fetch_max(begun.elapsed().as_millis() as u64, Relaxed);
+            }
+        }
+    };
     thread::scope(|scope| {
         struct Stop<'a>(&'a AtomicBool);
         impl Drop for Stop<'_> {
@@ -135,21 +148,15 @@ fn survive(sandbox: &Sandbox, source: &Path, mode: &str) {
             }
         }
         let stopping = Stop(&stop);
-        let repeat = |at: usize, round: &mut dyn FnMut(u64)| {
-            while !stop.load(Relaxed) {
-                let begun = Instant::now();
-                round(rounds[at].fetch_add(1, Relaxed));
-                if at == 2 {
-                    longest.fetch_max(begun.elapsed().as_millis() as u64, Relaxed);
-                }
-            }
-        };
         let repeat = &repeat;
         let (big, mount, sum, expected, reference, listed) =
             (&big, &mount, &sum, &expected, &reference, &listed);
         scope.spawn(move || {
             repeat(0, &mut |_| {
-                assert_eq!(&run(sandbox, "sha256sum", &[big.to_str().unwrap()])[..64], &sum[..]);
+                assert_eq!(
+                    &run(sandbox, "sha256sum", &[big.to_str().unwrap()])[..64],
+                    &sum[..]
+                );
             })
         });
         scope.spawn(move || {

@@ -269,7 +269,9 @@ impl Entry {
             );
         if dead {
             match fuse::unmount_at(point, true) {
-                Ok(()) => tracing::info!(mount_point = %point.display(), "cleared a mount whose agent is gone"),
+                Ok(()) => {
+                    tracing::info!(mount_point = %point.display(), "cleared a mount whose agent is gone")
+                }
                 Err(error) => {
                     tracing::warn!(mount_point = %point.display(), %error, "a mount whose agent is gone stays");
                 }

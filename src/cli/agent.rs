@@ -60,7 +60,8 @@ fn keep(args: &AgentArgs) -> Result<(), CliError> {
         let program = std::env::current_exe().map_err(CliError::failed)?;
         Ok((settings, socket, program))
     })();
-    let (settings, socket, program) = prepared.inspect_err(|error: &CliError| readiness.failed(&error.to_string()))?;
+    let (settings, socket, program) =
+        prepared.inspect_err(|error: &CliError| readiness.failed(&error.to_string()))?;
     let lock = match KeeperLock::acquire(&socket) {
         Ok(lock) => lock,
         Err(LaunchError::AlreadyRunning { .. }) => {
@@ -72,7 +73,9 @@ fn keep(args: &AgentArgs) -> Result<(), CliError> {
             return Err(CliError::failed(error));
         }
     };
-    let mut arguments: Vec<OsString> = ["agent", "--on-demand", "--kept", "--socket"].map(Into::into).into();
+    let mut arguments: Vec<OsString> = ["agent", "--on-demand", "--kept", "--socket"]
+        .map(Into::into)
+        .into();
     arguments.push(socket.clone().into());
     arguments.extend(config::agent_arguments(&settings).into_iter().map(Into::into));
     let ready = args.ready_fd.map(|fd| format!("--ready-fd={fd}").into());
@@ -105,7 +108,10 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
     let (link, held) = match args.kept {
         false => (None, Vec::new()),
         true => {
-            let socket = std::io::stdin().as_fd().try_clone_to_owned().map_err(CliError::failed)?;
+            let socket = std::io::stdin()
+                .as_fd()
+                .try_clone_to_owned()
+                .map_err(CliError::failed)?;
             let (link, held) = Link::new(socket).map_err(CliError::failed)?;
             (Some(link), held)
         }
