@@ -28,6 +28,7 @@ const SHAPE: Shape = Shape {
     rate: 90_000_000,
     straggler_every: 0,
     straggle: Duration::ZERO,
+    write: Duration::ZERO,
 };
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
@@ -44,7 +45,7 @@ impl Bench {
             connections: CONNECTIONS,
             memory_limit: 1 << 30,
             read_deadline: Duration::from_secs(30),
-            max_readahead: 128 << 20,
+            max_readahead: 256 << 20,
         };
         let fetcher = Fetcher::new(config, None, tokio::runtime::Handle::current());
         let object = self.open(&fetcher, "big", self.size);

@@ -11,7 +11,9 @@ pub mod launch;
 pub mod mount_point;
 pub mod server;
 pub mod snapshot;
+mod stored;
 mod sums;
+mod warm;
 
 use std::{
     collections::BTreeMap,
@@ -30,15 +32,18 @@ use self::{
     snapshot::{Resolved, Snapshot, SnapshotError},
 };
 use crate::{
-    cache::{Cache, CacheError},
-    fetch::Fetcher,
+    cache::Cache,
+    causes::in_one_line,
+    fetch::{FetchError, Fetcher},
     fs::Owner,
     fuse::{self, Ended, MountError, MountOptions, Mounted, Operation},
     keeper::Held,
+    origin::StoreSettings,
     reference::{ParseError, QualifiedName, Reference},
+    tree::TreeError,
 };
 pub use crate::{
-    cache::{CacheConfig, VerifyPolicy},
+    cache::{CacheConfig, CacheError, VerifyPolicy},
     fetch::FetchConfig,
 };
 
@@ -95,23 +100,48 @@ pub enum AgentError {
         /// What is, in words.
         mounted: String,
     },
+    #[error("{pattern} is not a pattern of paths: {reason}")]
+    Pattern { pattern: String, reason: String },
+    #[error("nothing in {requested} matches {patterns}")]
+    NothingMatches { requested: String, patterns: String },
+    #[error(
+        "{requested} needs {needed} bytes, but the cache holds {limit}: name less of it with --include, or give the agent more with --cache-size"
+    )]
+    TooLarge {
+        requested: String,
+        needed: u64,
+        limit: u64,
+    },
+    #[error("{requested} cannot be fetched")]
+    Warm {
+        requested: String,
+        #[source]
+        source: FetchError,
+    },
+    #[error("the cache does not keep what arrives: {reason}")]
+    NotKept { reason: String },
+    #[error("the tree of {requested} is damaged")]
+    Tree {
+        requested: String,
+        #[source]
+        source: TreeError,
+    },
     #[error("the agent is stopping; try again")]
     Stopping,
 }
 
-/// An error with its causes, in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        if !text.contains(&next) {
-            text.push_str(": ");
-            text.push_str(&next);
-        }
-        cause = error.source();
-    }
-    text
+/// Unmounts a mount of ours that no agent serves any more; `None` where there is none. Blocking.
+pub fn unmount_orphan(path: &Path, lazy: bool) -> Option<UnmountOutcome> {
+    let ours = |mount: &fuse::MountLine| mount.mount_point == *path && mount.kind == "fuse.grid-mount";
+    let orphan = fuse::mounts().ok()?.into_iter().rfind(ours)?;
+    let error = fuse::unmount_at(path, lazy)
+        .err()
+        .map(|error| in_one_line(&error));
+    Some(UnmountOutcome {
+        reference: orphan.source.to_str()?.parse().ok()?,
+        mount_point: orphan.mount_point,
+        error,
+    })
 }
 
 /// One mount, served.
@@ -176,7 +206,14 @@ impl Agent {
             requested: request.reference.clone(),
             source,
         };
-        let resolved = Resolved::new(&reference, &request).await.map_err(failed)?;
+        let resolved = Resolved::new(
+            &reference,
+            &request.catalog,
+            &request.user,
+            &request.store_settings,
+        )
+        .await
+        .map_err(failed)?;
         let place = match self.reserve(&request.mount_point, &resolved)? {
             Place::Ours(reserved) => reserved,
             Place::AlreadyThere(info) => return Ok(*info),
@@ -248,14 +285,16 @@ impl Agent {
         let mut options = MountOptions::new(point.path(), reference.to_string(), owner);
         options.io_mode = request.io_mode;
         options.open_table = entry.as_ref().and_then(Entry::open_table);
-        let mounted =
-            fuse::mount(snapshot.file_system(&self.fetcher, owner), options, &handle).map_err(|source| {
-                AgentError::Mount {
-                    requested: request.reference.clone(),
-                    mount_point: point.path().to_owned(),
-                    source,
-                }
-            })?;
+        let mounted = fuse::mount(
+            snapshot.file_system(&self.fetcher, owner, request.prefetch, &handle),
+            options,
+            &handle,
+        )
+        .map_err(|source| AgentError::Mount {
+            requested: request.reference.clone(),
+            mount_point: point.path().to_owned(),
+            source,
+        })?;
         if let Some(entry) = &mut entry {
             entry.made(&mounted, &request.store_settings);
         }
@@ -272,7 +311,7 @@ impl Agent {
     /// Goes on with the mounts of agents before this one: with those whose descriptor is `held` as if
     /// nothing had happened; those that are dead are cleared and mounted again at the same path, with
     /// `settings` for the stores. Must be called before anything else is mounted.
-    pub async fn resume(self: &Arc<Self>, held: Vec<Held>, settings: &BTreeMap<String, String>) {
+    pub async fn resume(self: &Arc<Self>, held: Vec<Held>, settings: &StoreSettings) {
         let mut held: BTreeMap<String, Held> =
             held.into_iter().map(|held| (held.name.clone(), held)).collect();
         let mut lost = Vec::new();
@@ -283,7 +322,7 @@ impl Agent {
                     let remembered = entry.remembered.clone();
                     let settings = serde_json::from_str(&held.memo).unwrap_or_default();
                     if let Err(error) = self.resume_one(entry, held, settings).await {
-                        let error = chain(&*error);
+                        let error = in_one_line(&*error);
                         tracing::error!(mount_point = %point.display(), error, "not resumed");
                         self.keeping.release(&name);
                         lost.extend(self.keeping.remembered(&name, remembered));
@@ -306,13 +345,17 @@ impl Agent {
         self: &Arc<Self>,
         entry: Entry,
         held: Held,
-        settings: BTreeMap<String, String>,
+        settings: StoreSettings,
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let remembered = &entry.remembered;
         let state = remembered.state.clone().ok_or("it was never made")?;
         let mut request = remembered.request.clone();
         request.store_settings = settings;
-        let resolved = Resolved::again(remembered.record.clone(), &request)?;
+        let resolved = Resolved::again(
+            remembered.record.clone(),
+            &request.catalog,
+            &request.store_settings,
+        )?;
         let snapshot = tokio::time::timeout(RESUME_DEADLINE, resolved.fetch_tree(&self.cache)).await??;
         let snapshot = Arc::new(snapshot);
         let agent = Arc::clone(self);
@@ -321,7 +364,7 @@ impl Agent {
             let remembered = &entry.remembered;
             let point = MountPoint::inherited(remembered.mount_point.clone(), remembered.created.clone());
             let known = (state.handshake.clone(), state.device, state.way);
-            let fs = snapshot.file_system(&agent.fetcher, state.owner);
+            let fs = snapshot.file_system(&agent.fetcher, state.owner, request.prefetch, &handle);
             let mounted = match fuse::resume(fs, state.options(), held.descriptor, known, &handle) {
                 Ok(mounted) => mounted,
                 Err(error) => {
@@ -345,7 +388,7 @@ impl Agent {
     }
 
     /// Clears a mount that nobody serves, and mounts the same version again.
-    async fn mount_again(self: &Arc<Self>, entry: Entry, settings: &BTreeMap<String, String>) {
+    async fn mount_again(self: &Arc<Self>, entry: Entry, settings: &StoreSettings) {
         let remembered = entry.remembered.clone();
         let was_dead = tokio::task::spawn_blocking(move || entry.clear()).await;
         if !was_dead.unwrap_or(false) {
@@ -359,7 +402,7 @@ impl Agent {
         match tokio::time::timeout(AGAIN_DEADLINE, self.mount(request)).await {
             Ok(Ok(_)) => {}
             Ok(Err(error)) => {
-                let error = chain(&error);
+                let error = in_one_line(&error);
                 tracing::warn!(mount_point = shown, error, "not mounted again");
             }
             Err(_) => tracing::warn!(mount_point = shown, "not mounted again: it took too long"),
@@ -399,7 +442,14 @@ impl Agent {
     }
 
     pub async fn unmount(&self, request: UnmountRequest) -> Result<Vec<UnmountOutcome>, AgentError> {
-        let chosen = self.choose(&request.target)?;
+        let chosen = match (self.choose(&request.target), &request.target) {
+            (Err(error @ AgentError::NotMounted { .. }), UnmountTarget::MountPoint(path)) => {
+                return unmount_orphan(path, request.lazy)
+                    .map(|outcome| vec![outcome])
+                    .ok_or(error);
+            }
+            (chosen, _) => chosen?,
+        };
         let mut outcomes = Vec::with_capacity(chosen.len());
         for mount in chosen {
             outcomes.push(self.unmount_one(&mount, request.lazy).await);
@@ -418,7 +468,7 @@ impl Agent {
                     self.wait_until_gone(mount).await
                 }
             }
-            Ok(Err(error)) => Some(chain(&error)),
+            Ok(Err(error)) => Some(in_one_line(&error)),
             Err(error) => Some(error.to_string()),
         };
         UnmountOutcome {

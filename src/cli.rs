@@ -2,6 +2,7 @@
 
 mod agent;
 mod args;
+mod cache;
 mod catalog;
 mod config;
 mod demo;
@@ -10,10 +11,11 @@ mod output;
 mod progress;
 mod publish;
 mod status;
+mod warm;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use crate::causes::in_one_line;
 
 use self::args::{Cli, Command};
 
@@ -38,13 +40,13 @@ impl CliError {
 
     /// A wrong request, with its causes in one line.
     fn usage(error: impl std::error::Error) -> Self {
-        Self::Usage(output::chain(&error))
+        Self::Usage(in_one_line(&error))
     }
 }
 
 /// The program: parses, runs, prints what failed. 0 done, 1 failed, 2 usage.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::from_process();
     let command = cli.command.unwrap_or(Command::Mount(cli.mount));
     match run(command) {
         Ok(()) => ExitCode::SUCCESS,
@@ -54,7 +56,7 @@ pub fn main() -> ExitCode {
             ExitCode::from(2)
         }
         Err(CliError::Failed(error)) => {
-            output::note(&format!("grid-mount: {}", output::chain(&*error)));
+            output::note(&format!("grid-mount: {}", in_one_line(&*error)));
             ExitCode::from(1)
         }
     }
@@ -71,6 +73,8 @@ fn run(command: Command) -> Result<(), CliError> {
         Command::Alias(args) => block_on(catalog::alias(args)),
         Command::Publish(args) => block_on(publish::publish(args)),
         Command::Register(args) => block_on(publish::register(args)),
+        Command::Cache(args) => block_on(cache::cache(args.command)),
+        Command::Warm(args) => block_on(warm::warm(args)),
         Command::Config(args) => config::show(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Agent(args) => agent::agent(args),

@@ -19,6 +19,7 @@ use self::file::FileSettings;
 use crate::{
     bytesize::{ByteSize, ByteSizeError},
     origin::{OriginError, StoreUrl},
+    prefetch_policy::PrefetchPolicy,
     reference::UserName,
 };
 
@@ -26,7 +27,7 @@ pub const HOST_FILE: &str = "/etc/grid-mount/config.toml";
 
 /// Every setting, as named in files. `GRID_MOUNT_` and the upper-case name is the environment's name,
 /// `--` and the name with hyphens the flag's.
-pub const KEYS: [&str; 8] = [
+pub const KEYS: [&str; 9] = [
     "catalog",
     "user",
     "cache_dir",
@@ -35,6 +36,7 @@ pub const KEYS: [&str; 8] = [
     "memory_limit",
     "connections",
     "read_deadline",
+    "prefetch",
 ];
 
 #[derive(Debug, thiserror::Error)]
@@ -149,6 +151,8 @@ pub struct Settings {
     pub connections: Sourced<u16>,
     /// No reader waits longer.
     pub read_deadline: Sourced<Duration>,
+    /// What a mount fetches on its own account.
+    pub prefetch: Sourced<PrefetchPolicy>,
 }
 
 /// One line of `grid-mount config`.
@@ -307,6 +311,7 @@ impl Settings {
             memory_limit: layers.get("memory_limit", str::parse, || Ok(ByteSize(512 << 20)))?,
             connections: layers.get("connections", connections, || Ok(64))?,
             read_deadline: layers.get("read_deadline", seconds, || Ok(Duration::from_secs(60)))?,
+            prefetch: layers.get("prefetch", str::parse, || Ok(PrefetchPolicy::Auto))?,
         })
     }
 
@@ -336,6 +341,7 @@ impl Settings {
             line("memory_limit", &self.memory_limit),
             line("connections", &self.connections),
             line("read_deadline", &read_deadline),
+            line("prefetch", &self.prefetch),
         ]
     }
 }
@@ -359,16 +365,6 @@ fn seconds(text: &str) -> Result<Duration, String> {
         Ok(seconds @ 1..=3600) => Ok(Duration::from_secs(seconds)),
         _ => Err(format!("{text:?} is not a number of seconds: write 1s to 3600s")),
     }
-}
-
-/// The variables of the object-store ecosystems, as they are.
-pub fn store_variables(
-    environment: impl IntoIterator<Item = (String, String)>,
-) -> impl Iterator<Item = (String, String)> {
-    const PREFIXES: [&str; 3] = ["AWS_", "GOOGLE_", "AZURE_"];
-    environment
-        .into_iter()
-        .filter(|(name, _)| PREFIXES.iter().any(|prefix| name.starts_with(prefix)))
 }
 
 #[cfg(test)]

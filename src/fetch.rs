@@ -3,6 +3,7 @@
 //! Owns single-flight, coalescing, priorities, readahead, warm-up, retries and the memory budget.
 //! Must not know FUSE or trees.
 
+mod buffers;
 mod job;
 mod pool;
 mod readahead;
@@ -26,6 +27,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Semaphore, watch};
 
 use self::{
+    buffers::Buffers,
     job::Job,
     pool::{Pool, Urgency},
     recent::Recent,
@@ -114,28 +116,30 @@ pub struct Fetcher {
     low_memory: Arc<Semaphore>,
     recent: Recent,
     fills: Option<SyncSender<Fill>>,
+    buffers: Arc<Buffers>,
     tally: Arc<Tally>,
     latency: job::Latency,
 }
 
 impl Fetcher {
     pub fn new(config: FetchConfig, cache: Option<Arc<Cache>>, runtime: tokio::runtime::Handle) -> Arc<Self> {
-        // Half of the memory for what is in flight, a quarter for what just arrived; the queue to the
+        // Half of the memory for what is in flight, three eighths for what just arrived; the queue to the
         // cache shares its bytes with the latter.
         let blocks = usize::try_from(config.memory_limit / 2 / BLOCK_SIZE).unwrap_or(usize::MAX >> 4);
         let blocks = blocks.clamp(2 * BLOCKS_PER_EXTENT as usize, Semaphore::MAX_PERMITS);
         let tally = Arc::new(Tally::default());
         let fills = cache.as_ref().and_then(|_| start_fill_threads(&tally));
         Arc::new(Self {
-            recent: Recent::new(config.memory_limit / 4),
+            recent: Recent::new(config.memory_limit / 8 * 3),
             config,
             cache,
             runtime,
             objects: Mutex::default(),
             pools: Mutex::default(),
             memory: Arc::new(Semaphore::new(blocks)),
-            low_memory: Arc::new(Semaphore::new(blocks / 2)),
+            low_memory: Arc::new(Semaphore::new(blocks / 4 * 3)),
             fills,
+            buffers: Arc::default(),
             tally,
             latency: job::Latency::default(),
         })
@@ -228,7 +232,7 @@ impl Fetcher {
         let wanted: Vec<u64> = blocks.clone().collect();
         let mut arrivals = self.start(object, &wanted, Priority::Waited);
         self.mark_read(object, &blocks);
-        let mut whole = BytesMut::new();
+        let mut whole = BytesMut::with_capacity(usize::try_from(range.end - range.start).unwrap_or(0));
         for block in blocks.clone() {
             let bytes = match arrivals.remove(&block) {
                 Some(Started::Here(bytes)) => bytes,
@@ -328,14 +332,18 @@ impl Fetcher {
                     new.push(block);
                 }
             }
-            // A waiting reader's request is spread over all connections; what is fetched ahead goes in
-            // larger pieces, which waste less of each connection on waiting for first bytes.
-            let spread = match priority {
-                Priority::Waited => self.config.connections,
-                Priority::Readahead => self.config.connections / 4,
-                Priority::WarmUp => 1,
+            // A waiting reader's request is spread over all connections. What is fetched ahead goes in larger
+            // pieces, which waste less of each connection on waiting for first bytes: as large as the largest
+            // window has room for on all connections.
+            let connections = self.config.connections as u64;
+            let most = match priority {
+                Priority::Waited => readahead::piece_size(new.len() as u64, connections),
+                Priority::Readahead => readahead::piece_size(new.len() as u64, 4).min(readahead::piece_size(
+                    self.largest_window() / BLOCK_SIZE,
+                    connections,
+                )),
+                Priority::WarmUp => BLOCKS_PER_EXTENT,
             };
-            let most = readahead::piece_size(new.len() as u64, spread as u64);
             for run in runs(&new) {
                 for piece in readahead::pieces(run, most) {
                     let urgency = Arc::new(Urgency::new(priority));
@@ -383,22 +391,53 @@ impl Fetcher {
         range: Range<u64>,
         window: Range<u64>,
     ) {
-        // Without room to keep it, what is fetched ahead would be fetched twice.
-        let largest = self.config.max_readahead.min(self.config.memory_limit / 8);
-        for ahead in streams.advise(&range, &object.clip(&window), largest) {
+        for ahead in streams.advise(&range, &object.clip(&window), self.largest_window()) {
             let wanted: Vec<u64> = blocks_covering(&ahead).collect();
-            let started = self.start(object, &wanted, Priority::Readahead);
-            let fresh = started
-                .iter()
-                .filter(|(_, started)| matches!(started, Started::Coming(_)))
-                .map(|(block, _)| *block);
-            let mut unread = object.unread.lock();
-            for block in fresh {
-                if unread.len() < MOST_UNREAD && unread.insert(block) {
-                    self.tally.readahead_blocks.fetch_add(1, Relaxed);
-                }
+            self.fetch_ahead(object, &wanted);
+        }
+    }
+
+    /// Told that a small file, `file` of the object, is wanted where many others are: it and its neighbours
+    /// in the same extent are fetched, the file first. Nothing happens while there is much to fetch already.
+    pub fn advise_neighbours(self: &Arc<Self>, object: &Arc<FetchObject>, file: Range<u64>) {
+        let own = blocks_covering(&object.clip(&file));
+        let extent = own.start / BLOCKS_PER_EXTENT;
+        let end = ((extent + 1) * BLOCKS_PER_EXTENT).min(block_count(object.source.size));
+        if self.low_memory.available_permits() < BLOCKS_PER_EXTENT as usize || own.is_empty() {
+            return;
+        }
+        let neighbours: Vec<u64> = (extent * BLOCKS_PER_EXTENT..end)
+            .filter(|block| !own.contains(block))
+            .collect();
+        let own: Vec<u64> = own.collect();
+        self.start(object, &own, Priority::Waited);
+        self.fetch_ahead(object, &neighbours);
+    }
+
+    fn fetch_ahead(self: &Arc<Self>, object: &Arc<FetchObject>, wanted: &[u64]) {
+        let started = self.start(object, wanted, Priority::Readahead);
+        let mut unread = object.unread.lock();
+        for (block, started) in started {
+            if matches!(started, Started::Coming(_)) && unread.len() < MOST_UNREAD && unread.insert(block) {
+                self.tally.readahead_blocks.fetch_add(1, Relaxed);
             }
         }
+    }
+
+    /// Without room to keep it, what is fetched ahead would be fetched twice: less than what `recent` holds.
+    fn largest_window(&self) -> u64 {
+        self.config.max_readahead.min(self.config.memory_limit / 4)
+    }
+
+    /// How many bytes the cache can still take without evicting; 0 without a cache.
+    pub fn cache_room(&self) -> u64 {
+        self.cache.as_ref().map_or(0, |cache| {
+            let usage = cache.usage();
+            if usage.degraded.is_some() {
+                return 0;
+            }
+            usage.max_bytes.saturating_sub(usage.allocated_bytes)
+        })
     }
 
     /// Brings a range into the cache, at a priority; ends when it is there (or recently was).

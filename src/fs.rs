@@ -15,6 +15,7 @@ use crate::tree::{self, EntryKind, Ino, ObjectNo, RowNo, Timestamp, Tree, TreeEr
 
 pub mod content;
 pub mod fetched;
+pub mod prefetch;
 mod xattrs;
 
 pub use content::{Content, ReadError};

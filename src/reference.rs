@@ -1,7 +1,9 @@
 //! The grammar of references: what people type to name a data set.
 //!
-//!     [user:]datastore[/version]               alice:imagenet/3   alice:imagenet   imagenet
-//!     [user:]/datastores/datastore[/version]   alice:/datastores/imagenet/3
+//! ```text
+//! [user:]datastore[/version]               alice:imagenet/3   alice:imagenet   imagenet
+//! [user:]/datastores/datastore[/version]   alice:/datastores/imagenet/3
+//! ```
 //!
 //! `version` is a positive integer, `latest`, or an alias (`prod`). Case matters everywhere.
 //!

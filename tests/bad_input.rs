@@ -280,6 +280,12 @@ fn a_full_cache_disk_is_said_and_reads_go_on() {
         .output()
         .unwrap();
     assert!(output.status.success(), "{}", told(&output));
+    // Said in `status`, and why.
+    assert!(
+        String::from_utf8_lossy(&output.stdout).contains("\"cache_degraded\": \"the disk"),
+        "{}",
+        told(&output)
+    );
     nothing_is_left(&sandbox);
 }
 

@@ -1,5 +1,9 @@
-//! The store catalog on real stores: a `file://` directory always; an S3 server too when
-//! `GRID_MOUNT_TEST_S3_ENDPOINT` and `GRID_MOUNT_TEST_S3_BUCKET` name one (with `AWS_…` credentials).
+//! The store catalog on real stores: a `file://` directory, and an S3 server.
+
+#[path = "support/sandbox.rs"]
+mod sandbox;
+#[path = "support/weed.rs"]
+mod weed;
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -10,6 +14,7 @@ use grid_mount::{
     reference::{QualifiedName, VersionNumber},
     tree::Totals,
 };
+use weed::Weed;
 
 const PUBLISHERS: usize = 16;
 
@@ -141,24 +146,10 @@ fn a_server_is_not_a_catalog_yet_and_the_error_says_what_is() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn sixteen_publishers_get_sixteen_versions_on_s3() {
-    let variable = |name| std::env::var(name).ok();
-    let (Some(endpoint), Some(bucket)) = (
-        variable("GRID_MOUNT_TEST_S3_ENDPOINT"),
-        variable("GRID_MOUNT_TEST_S3_BUCKET"),
-    ) else {
-        eprintln!("skipped: GRID_MOUNT_TEST_S3_ENDPOINT and GRID_MOUNT_TEST_S3_BUCKET name no server");
+    let Some(weed) = tokio::task::spawn_blocking(Weed::start).await.unwrap() else {
         return;
     };
-    let mut settings: StoreSettings = std::env::vars().collect();
-    settings.set("AWS_ENDPOINT_URL", &endpoint);
-    settings.set("AWS_ALLOW_HTTP", "true");
-    if settings.get("AWS_ACCESS_KEY_ID").is_none() {
-        settings.set("AWS_ACCESS_KEY_ID", "any");
-        settings.set("AWS_SECRET_ACCESS_KEY", "any");
-    }
-    // A prefix of this run's own, so that runs do not see each other's versions.
-    let url: StoreUrl = format!("s3://{bucket}/catalog-{:016x}", rand::random::<u64>())
-        .parse()
-        .unwrap();
-    race(&url, &settings).await;
+    weed.create_bucket("team");
+    let settings: StoreSettings = weed.settings().into_iter().collect();
+    race(&"s3://team/catalog".parse().unwrap(), &settings).await;
 }

@@ -385,8 +385,9 @@ fn a_killed_keeper_and_agent_leave_a_cache_that_the_next_one_uses() {
         kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL).unwrap();
         assert!(ended(pid));
     }
-    // The kernel answers for the dead agent, or from its own cache: either way the path can be cleared.
-    let _ = nix::mount::umount2(&mount, nix::mount::MntFlags::MNT_DETACH);
+    // No agent is needed to clear a path whose agent is dead.
+    sandbox.ok(&["unmount", "--lazy", mount.to_str().unwrap()]);
+    assert!(sandbox.mounts().is_empty());
     reader.join().unwrap();
 
     sandbox.ok(&["odd", mount.to_str().unwrap()]);
@@ -394,6 +395,56 @@ fn a_killed_keeper_and_agent_leave_a_cache_that_the_next_one_uses() {
     let agent = &sandbox.status()["agent"];
     assert_eq!(agent["bytes_from_origin"].as_u64(), Some(0), "{agent}");
     assert_same_tree(&sandbox, &source, &mount);
+}
+
+#[test]
+fn the_help_fits_on_a_screen_and_has_examples() {
+    let sandbox = Sandbox::new();
+    for arguments in [
+        vec!["--help"],
+        vec!["mount", "--help"],
+        vec!["publish", "--help"],
+        vec!["agent", "--help"],
+    ] {
+        let help = sandbox.ok(&arguments);
+        assert!(
+            help.lines().count() <= 45,
+            "{arguments:?}: {} lines",
+            help.lines().count()
+        );
+        assert!(help.contains("Example"), "{arguments:?}");
+    }
+}
+
+#[test]
+fn the_default_mount_point_is_made_below_home_and_told_apart_by_owner() {
+    if !fuse_is_here("the default mount point") {
+        return;
+    }
+    let Some(sandbox) = Sandbox::ordinary() else {
+        return;
+    };
+    let source = sandbox.path("source");
+    odd_tree(&source);
+    readable_by_all(&source);
+    sandbox.ok(&["publish", source.to_str().unwrap(), "odd"]);
+    sandbox.ok(&["publish", source.to_str().unwrap(), "odd", "--user", "bob"]);
+    sandbox.ok(&["alice:odd"]);
+    let point = sandbox.path("home/datastores/odd");
+    assert_eq!(sandbox.mounts(), std::slice::from_ref(&point));
+    let refused = sandbox.fails(1, &["bob:odd"]);
+    assert!(
+        refused.contains("alice:odd/1") && refused.contains("datastores/bob-odd-1"),
+        "{refused}"
+    );
+    sandbox.ok(&[
+        "bob:odd",
+        sandbox.path("home/datastores/bob-odd-1").to_str().unwrap(),
+    ]);
+    assert_eq!(sandbox.mounts().len(), 2);
+    sandbox.ok(&["unmount", "alice:odd"]);
+    assert_eq!(sandbox.mounts().len(), 1);
+    assert!(!point.exists());
 }
 
 #[test]

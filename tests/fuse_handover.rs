@@ -2,6 +2,8 @@
 //!
 //! The agent is this binary run again; this process keeps the descriptor, as systemd or a parent would.
 
+#[path = "support/sandbox.rs"]
+mod sandbox;
 #[path = "support/kernel.rs"]
 mod support;
 
@@ -33,7 +35,7 @@ use nix::{
     mount::{MntFlags, umount2},
     sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg},
 };
-use support::{Published, REFERENCE, can_mount, is_root, me, noise};
+use support::{Published, REFERENCE, can_mount_as_root, me, noise};
 use tokio::runtime::Runtime;
 
 const LARGE: usize = 96 << 20;
@@ -395,28 +397,31 @@ fn can_resend() -> bool {
     let mut numbers = release.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
     if version < (6, 9) {
-        println!("skipped: Linux {release} cannot resend");
+        sandbox::skip(
+            "resuming a mount",
+            &format!("Linux {release} cannot resend requests"),
+        );
     }
     version >= (6, 9)
 }
 
 #[test]
 fn readers_never_notice_without_opens() {
-    if can_mount() && is_root() && can_resend() {
+    if can_mount_as_root() && can_resend() {
         readers_never_notice("no-open");
     }
 }
 
 #[test]
 fn readers_never_notice_in_passthrough() {
-    if can_mount() && is_root() && can_resend() {
+    if can_mount_as_root() && can_resend() {
         readers_never_notice("passthrough");
     }
 }
 
 #[test]
 fn a_resumed_mount_keeps_its_mode() {
-    if !can_mount() || !is_root() {
+    if !can_mount_as_root() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();

@@ -4,6 +4,8 @@
 mod rebuilt;
 #[path = "support/records.rs"]
 mod records;
+#[path = "support/sandbox.rs"]
+mod sandbox;
 #[path = "support/weed.rs"]
 mod weed;
 

@@ -8,15 +8,19 @@ use std::{
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::{Method, Request, StatusCode, client::conn::http1, header};
+use hyper::{Method, Request, Response, StatusCode, body::Incoming, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
 
-use super::control::{AgentInfo, MountInfo, MountRequest, Problem, UnmountOutcome, UnmountRequest};
+use super::control::{
+    AgentInfo, CacheInfo, EvictOutcome, EvictRequest, Line, MountInfo, MountRequest, Problem, UnmountOutcome,
+    UnmountRequest, VerifyProgress, WarmProgress, WarmRequest,
+};
 
 /// An answer larger than this is not one of ours.
 const MAX_ANSWER: usize = 64 << 20;
+const MAX_LINE: usize = 1 << 20;
 
 /// Covers a cold catalog and a large tree on a slow link; the agent's own deadlines end sooner.
 const MOUNT_DEADLINE: Duration = Duration::from_secs(600);
@@ -63,6 +67,15 @@ impl ClientError {
     }
 }
 
+/// Closed when this goes.
+struct Connection(tokio::task::JoinHandle<hyper::Result<()>>);
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct Client {
     socket: PathBuf,
@@ -99,6 +112,94 @@ impl Client {
             .await
     }
 
+    pub async fn cache(&self) -> Result<CacheInfo, ClientError> {
+        self.call(Method::GET, "/v1/cache", None::<&()>, CONTROL_DEADLINE)
+            .await
+    }
+
+    pub async fn evict(&self, request: &EvictRequest) -> Result<EvictOutcome, ClientError> {
+        self.call(Method::POST, "/v1/cache/evict", Some(request), MOUNT_DEADLINE)
+            .await
+    }
+
+    pub async fn verify(&self, seen: impl FnMut(VerifyProgress)) -> Result<VerifyProgress, ClientError> {
+        self.follow("/v1/cache/verify", None::<&()>, seen).await
+    }
+
+    pub async fn warm(
+        &self,
+        request: &WarmRequest,
+        seen: impl FnMut(WarmProgress),
+    ) -> Result<WarmProgress, ClientError> {
+        self.follow("/v1/warm", Some(request), seen).await
+    }
+
+    /// A long answer, line by line; how long it takes does not matter, only that lines keep coming.
+    async fn follow<B: Serialize, T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: Option<&B>,
+        mut seen: impl FnMut(T),
+    ) -> Result<T, ClientError> {
+        let late = |_| ClientError::Deadline {
+            socket: self.socket.clone(),
+            after: CONTROL_DEADLINE,
+        };
+        let broken = |reason: &'static str| self.protocol(io::Error::other(reason));
+        let sending = self.send(Method::POST, path, body);
+        let (response, _connection) = tokio::time::timeout(CONTROL_DEADLINE, sending)
+            .await
+            .map_err(late)??;
+        let status = response.status();
+        let mut body = response.into_body();
+        let mut buffer = Vec::new();
+        loop {
+            let frame = tokio::time::timeout(CONTROL_DEADLINE, body.frame())
+                .await
+                .map_err(late)?;
+            let ended = frame.is_none();
+            if let Some(frame) = frame {
+                let frame = frame.map_err(|source| ClientError::Gone {
+                    socket: self.socket.clone(),
+                    source,
+                })?;
+                buffer.extend_from_slice(frame.data_ref().map_or(&[][..], |data| data));
+            }
+            if !status.is_success() {
+                if ended {
+                    return Err(self.problem(status, &buffer));
+                }
+            } else {
+                while let Some(end) = buffer.iter().position(|byte| *byte == b'\n') {
+                    let line: Vec<u8> = buffer.drain(..=end).collect();
+                    match serde_json::from_slice(&line).map_err(|source| self.protocol(source))? {
+                        Line::Progress(progress) => seen(progress),
+                        Line::Done(done) => return Ok(done),
+                        Line::Failed(problem) => return Err(ClientError::Refused(problem.message)),
+                    }
+                }
+            }
+            if ended {
+                return Err(broken("the answer has no end"));
+            }
+            if buffer.len() > MAX_LINE {
+                return Err(broken("a line is too long"));
+            }
+        }
+    }
+
+    fn problem(&self, status: StatusCode, answer: &[u8]) -> ClientError {
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            return ClientError::Stopping {
+                socket: self.socket.clone(),
+            };
+        }
+        match serde_json::from_slice::<Problem>(answer) {
+            Ok(problem) => ClientError::Refused(problem.message),
+            Err(source) => self.protocol(source),
+        }
+    }
+
     async fn call<B: Serialize, A: DeserializeOwned>(
         &self,
         method: Method,
@@ -115,13 +216,7 @@ impl Client {
         if status.is_success() {
             return serde_json::from_slice(&answer).map_err(|source| self.protocol(source));
         }
-        if status == StatusCode::SERVICE_UNAVAILABLE {
-            return Err(ClientError::Stopping {
-                socket: self.socket.clone(),
-            });
-        }
-        let problem: Problem = serde_json::from_slice(&answer).map_err(|source| self.protocol(source))?;
-        Err(ClientError::Refused(problem.message))
+        Err(self.problem(status, &answer))
     }
 
     async fn exchange<B: Serialize>(
@@ -130,6 +225,25 @@ impl Client {
         path: &str,
         body: Option<&B>,
     ) -> Result<(StatusCode, Bytes), ClientError> {
+        let (response, _connection) = self.send(method, path, body).await?;
+        let status = response.status();
+        let answer = Limited::new(response.into_body(), MAX_ANSWER)
+            .collect()
+            .await
+            .map_err(|source| ClientError::Protocol {
+                socket: self.socket.clone(),
+                source,
+            })?
+            .to_bytes();
+        Ok((status, answer))
+    }
+
+    async fn send<B: Serialize>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&B>,
+    ) -> Result<(Response<Incoming>, Connection), ClientError> {
         let stream = UnixStream::connect(&self.socket)
             .await
             .map_err(|source| ClientError::NoAgent {
@@ -141,7 +255,7 @@ impl Client {
             source,
         };
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(gone)?;
-        let connection = tokio::spawn(connection);
+        let connection = Connection(tokio::spawn(connection));
         let body = match body {
             Some(body) => Bytes::from(serde_json::to_vec(body).map_err(|source| self.protocol(source))?),
             None => Bytes::new(),
@@ -154,17 +268,7 @@ impl Client {
             .body(Full::new(body))
             .map_err(|source| self.protocol(source))?;
         let response = sender.send_request(request).await.map_err(gone)?;
-        let status = response.status();
-        let answer = Limited::new(response.into_body(), MAX_ANSWER)
-            .collect()
-            .await
-            .map_err(|source| ClientError::Protocol {
-                socket: self.socket.clone(),
-                source,
-            })?
-            .to_bytes();
-        connection.abort();
-        Ok((status, answer))
+        Ok((response, connection))
     }
 
     fn protocol(&self, source: impl std::error::Error + Send + Sync + 'static) -> ClientError {

@@ -7,15 +7,20 @@
 //! | `POST /v1/mounts` | [`MountRequest`] | [`MountInfo`], once the mount answers |
 //! | `POST /v1/unmount` | [`UnmountRequest`] | `[UnmountOutcome]` |
 //!
-//! An error is a 4xx or 5xx with a [`Problem`]. Shapes only grow: fields are added, never renamed.
+//! | `GET /v1/cache` | | [`CacheInfo`] |
+//! | `POST /v1/cache/evict` | [`EvictRequest`] | [`EvictOutcome`] |
+//! | `POST /v1/cache/verify` | | lines of [`Line`]`<`[`VerifyProgress`]`>` until it is done |
+//! | `POST /v1/warm` | [`WarmRequest`] | lines of [`Line`]`<`[`WarmProgress`]`>` until it is done |
+//!
+//! Whoever stops reading lines stops the work. An error is a 4xx or 5xx with a [`Problem`]. Shapes only grow: fields are added, never renamed.
 
 use std::{collections::BTreeMap, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-pub use crate::fuse::IoModeWish;
+pub use crate::{fuse::IoModeWish, prefetch_policy::PrefetchPolicy};
 use crate::{
-    origin::StoreUrl,
+    origin::{StoreSettings, StoreUrl},
     reference::{PinnedReference, UserName},
     tree::Totals,
 };
@@ -50,8 +55,10 @@ pub struct MountRequest {
     pub catalog: StoreUrl,
     pub user: UserName,
     /// Object-store settings by their ecosystem names; secrets among them.
-    pub store_settings: BTreeMap<String, String>,
+    pub store_settings: StoreSettings,
     pub io_mode: IoModeWish,
+    #[serde(default)]
+    pub prefetch: PrefetchPolicy,
 }
 
 // A request carries credentials: no derived Debug.
@@ -62,7 +69,7 @@ impl std::fmt::Debug for MountRequest {
             .field("mount_point", &self.mount_point)
             .field("catalog", &self.catalog)
             .field("user", &self.user)
-            .field("store_settings", &self.store_settings.keys())
+            .field("store_settings", &self.store_settings)
             .finish_non_exhaustive()
     }
 }
@@ -116,6 +123,104 @@ pub struct UnmountOutcome {
     pub mount_point: PathBuf,
     /// Why it is still mounted, when it is.
     pub error: Option<String>,
+}
+
+/// A version, and the caller's part of asking for it.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VersionRequest {
+    pub reference: String,
+    pub catalog: StoreUrl,
+    pub user: UserName,
+    /// Object-store settings by their ecosystem names; secrets among them.
+    pub store_settings: StoreSettings,
+}
+
+// As with `MountRequest`.
+impl std::fmt::Debug for VersionRequest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VersionRequest")
+            .field("reference", &self.reference)
+            .field("catalog", &self.catalog)
+            .field("user", &self.user)
+            .field("store_settings", &self.store_settings)
+            .finish()
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CacheInfo {
+    pub dir: PathBuf,
+    pub used: u64,
+    pub limit: u64,
+    /// Free space that is left to others.
+    pub min_free: u64,
+    pub objects: u64,
+    /// Extents, sealed objects and trees: what is evicted at once.
+    pub units: u64,
+    pub hits: u64,
+    pub misses: u64,
+    pub evictions: u64,
+    pub fill_errors: u64,
+    /// Blocks and sidecars found damaged since the agent started.
+    pub damaged: u64,
+    /// What earlier runs left has been counted; before, `used` is an estimate.
+    pub scanned: bool,
+    /// Why nothing is being cached, when that is so.
+    pub degraded: Option<String>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvictRequest {
+    /// Everything, where no version is named.
+    pub version: Option<VersionRequest>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EvictOutcome {
+    /// What the reference resolved to.
+    pub reference: Option<PinnedReference>,
+    pub objects: u64,
+    /// What the cache takes less than before.
+    pub freed: u64,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WarmRequest {
+    pub version: VersionRequest,
+    /// Globs over paths; everything, where there is none.
+    pub include: Vec<String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WarmProgress {
+    /// What the reference resolved to, once that is known.
+    pub reference: Option<PinnedReference>,
+    pub files: u64,
+    pub bytes_total: u64,
+    /// In the cache now, of those.
+    pub bytes: u64,
+    /// Of `bytes`, what was there before.
+    pub bytes_before: u64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerifyProgress {
+    pub objects: u64,
+    pub blocks: u64,
+    /// Blocks that were not what had been stored; they are absent now.
+    pub damaged: u64,
+}
+
+/// One line of a long answer; the last one is `Done` or `Failed`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Line<T> {
+    Progress(T),
+    Done(T),
+    Failed(Problem),
 }
 
 /// An error as it crosses the socket.

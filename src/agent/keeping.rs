@@ -4,7 +4,6 @@
 //! Credentials are never written: without a keeper they are gone with the agent.
 
 use std::{
-    collections::BTreeMap,
     fs::{self, DirBuilder},
     io::{self, Write},
     os::unix::fs::DirBuilderExt,
@@ -21,6 +20,7 @@ use crate::{
     fuse::{self, Mounted, SUBTYPE},
     handover::MountState,
     keeper::Link,
+    origin::StoreSettings,
 };
 
 /// Raised when a field changes its meaning; new fields alone do not raise it.
@@ -74,7 +74,7 @@ impl Keeping {
     ) -> Option<Entry> {
         let dir = self.dir.as_ref()?;
         let mut request = request.clone();
-        request.store_settings.clear();
+        request.store_settings = StoreSettings::default();
         let entry = Entry {
             path: dir.join(format!("{:016x}.json", rand::random::<u64>())),
             remembered: Remembered {
@@ -223,7 +223,7 @@ impl Entry {
     }
 
     /// The mount is made. When this returns it outlives this process, unless a warning says why not. Blocking.
-    pub(super) fn made(&mut self, mounted: &Mounted, settings: &BTreeMap<String, String>) {
+    pub(super) fn made(&mut self, mounted: &Mounted, settings: &StoreSettings) {
         self.remembered.state = Some(MountState::of(mounted));
         let kept = || -> Result<(), Box<dyn std::error::Error>> {
             self.write()?;
@@ -234,7 +234,7 @@ impl Entry {
             Ok(())
         };
         if let Err(error) = kept() {
-            let error = super::chain(&*error);
+            let error = crate::causes::in_one_line(&*error);
             tracing::warn!(error, "this mount will not outlive this agent");
         }
     }

@@ -14,7 +14,7 @@ pub enum MountPointError {
     #[error("{0} is not empty; name an empty or a new directory as mount point")]
     NotEmpty(PathBuf),
     #[error(
-        "{0} is a mount whose agent is gone (\"Transport endpoint is not connected\"); `fusermount3 -u {0}` or, as root, `umount {0}` clears it"
+        "{0} is a mount whose agent is gone (\"Transport endpoint is not connected\"); `grid-mount unmount {0}` clears it"
     )]
     Stale(PathBuf),
     #[error("{path} cannot be used as a mount point")]

@@ -5,28 +5,37 @@ use std::{io, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
+    body::Body,
     extract::{DefaultBodyLimit, State},
-    http::StatusCode,
+    http::{StatusCode, header},
     response::{IntoResponse, Response},
     routing::{get, post},
     serve::Listener,
 };
 use nix::unistd::Uid;
+use serde::Serialize;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{UnixListener, UnixStream, unix::SocketAddr},
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
 };
 
+use crate::causes::in_one_line;
+
 use super::{
-    Agent, AgentError,
-    control::{AgentInfo, MountInfo, MountRequest, Problem, UnmountOutcome, UnmountRequest},
+    Agent, AgentError, UnderWay,
+    control::{
+        AgentInfo, CacheInfo, EvictOutcome, EvictRequest, Line, MountInfo, MountRequest, Problem,
+        UnmountOutcome, UnmountRequest, WarmRequest,
+    },
 };
 
 /// Connections served at once; further ones wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 64;
 /// A request holds a reference, a path and a few credentials.
 const MAX_REQUEST: usize = 256 << 10;
+/// Between two lines of a long answer.
+const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 /// After a failed accept (out of descriptors), so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -40,6 +49,10 @@ pub async fn serve(
         .route("/v1/agent", get(info))
         .route("/v1/mounts", get(mounts).post(mount))
         .route("/v1/unmount", post(unmount))
+        .route("/v1/cache", get(cache))
+        .route("/v1/cache/evict", post(evict))
+        .route("/v1/cache/verify", post(verify))
+        .route("/v1/warm", post(warm))
         .layer(DefaultBodyLimit::max(MAX_REQUEST))
         .with_state(agent);
     let listener = PeerListener {
@@ -77,6 +90,76 @@ async fn unmount(
     Ok(Json(agent.unmount(request).await?))
 }
 
+async fn cache(State(agent): State<Arc<Agent>>) -> Json<CacheInfo> {
+    Json(agent.cache_info().await)
+}
+
+async fn evict(
+    State(agent): State<Arc<Agent>>,
+    Json(request): Json<EvictRequest>,
+) -> Result<Json<EvictOutcome>, Refusal> {
+    Ok(Json(agent.evict(request).await?))
+}
+
+async fn verify(State(agent): State<Arc<Agent>>) -> Result<Response, Refusal> {
+    // Before the first line, so that the caller of an agent that is just ending can ask the next one.
+    let held = UnderWay::begin(&agent)?;
+    Ok(lines(move |progress| async move {
+        let _held = held;
+        agent.verify(progress).await
+    }))
+}
+
+async fn warm(
+    State(agent): State<Arc<Agent>>,
+    Json(request): Json<WarmRequest>,
+) -> Result<Response, Refusal> {
+    let held = UnderWay::begin(&agent)?;
+    Ok(lines(move |progress| async move {
+        let _held = held;
+        agent.warm(request, progress).await
+    }))
+}
+
+/// Answers with a line of progress now and then, and the outcome as the last one. The work ends when
+/// nobody reads any more.
+fn lines<T, F>(work: impl FnOnce(watch::Sender<T>) -> F + Send + 'static) -> Response
+where
+    T: Default + Clone + Send + Sync + Serialize + 'static,
+    F: Future<Output = Result<T, AgentError>> + Send + 'static,
+{
+    let (sender, receiver) = mpsc::channel::<Vec<u8>>(1);
+    tokio::spawn(async move {
+        let (progress, seen) = watch::channel(T::default());
+        let mut work = std::pin::pin!(work(progress));
+        loop {
+            let (line, last) = tokio::select! {
+                outcome = &mut work => match outcome {
+                    Ok(done) => (Line::Done(done), true),
+                    Err(error) => (Line::Failed(Problem { message: in_one_line(&error) }), true),
+                },
+                () = tokio::time::sleep(PROGRESS_EVERY) => (Line::Progress(seen.borrow().clone()), false),
+            };
+            let Ok(mut bytes) = serde_json::to_vec(&line) else {
+                return;
+            };
+            bytes.push(b'\n');
+            if sender.send(bytes).await.is_err() || last {
+                return;
+            }
+        }
+    });
+    let body = futures::stream::unfold(receiver, |mut receiver| async move {
+        let bytes = receiver.recv().await?;
+        Some((Ok::<_, std::convert::Infallible>(bytes), receiver))
+    });
+    (
+        [(header::CONTENT_TYPE, "application/x-ndjson")],
+        Body::from_stream(body),
+    )
+        .into_response()
+}
+
 struct Refusal(StatusCode, String);
 
 impl From<AgentError> for Refusal {
@@ -85,7 +168,7 @@ impl From<AgentError> for Refusal {
             AgentError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
             _ => StatusCode::UNPROCESSABLE_ENTITY,
         };
-        Self(status, super::chain(&error))
+        Self(status, in_one_line(&error))
     }
 }
 

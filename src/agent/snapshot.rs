@@ -1,21 +1,22 @@
 //! From a request to something that can be mounted: the record, then the tree.
 
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use std::{io, ops::Range, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::TryStreamExt;
 
-use super::{control::MountRequest, sums::SumsPart};
+use super::sums::SumsPart;
 use crate::{
     cache::{Cache, CacheError, TreeHandle},
     catalog::{self, Catalog, CatalogError, OriginLocation, Record, TreePart},
-    fetch::{Fetcher, Source},
+    fetch::{FetchObject, Fetcher, Source},
     fs::{
         self, GridFs, Owner,
         fetched::{Fetched, Sources},
     },
     origin::{Deadlines, OriginError, Pin, Store, StoreSettings, StoreUrl},
-    reference::{PinnedReference, Reference},
-    tree::{self, ObjectNo, Tree, TreeError},
+    prefetch_policy::PrefetchPolicy,
+    reference::{PinnedReference, Reference, UserName},
+    tree::{self, ObjectNo, RowNo, Tree, TreeError},
 };
 
 /// No tree takes longer than this to arrive; each of its reads has a shorter deadline of its own.
@@ -74,24 +75,31 @@ pub struct Snapshot {
 }
 
 impl Resolved {
-    pub async fn new(reference: &Reference, request: &MountRequest) -> Result<Self, SnapshotError> {
-        let settings: StoreSettings = request.store_settings.clone().into_iter().collect();
-        let catalog = catalog::open(&request.catalog, &settings, &Deadlines::control())?;
-        let record = catalog.resolve(reference, &request.user).await?;
-        Self::with(record, catalog, request, &settings)
+    pub async fn new(
+        reference: &Reference,
+        catalog_url: &StoreUrl,
+        user: &UserName,
+        settings: &StoreSettings,
+    ) -> Result<Self, SnapshotError> {
+        let catalog = catalog::open(catalog_url, settings, &Deadlines::control())?;
+        let record = catalog.resolve(reference, user).await?;
+        Self::with(record, catalog, catalog_url, settings)
     }
 
     /// As it was resolved before: asks nobody.
-    pub fn again(record: Record, request: &MountRequest) -> Result<Self, SnapshotError> {
-        let settings: StoreSettings = request.store_settings.clone().into_iter().collect();
-        let catalog = catalog::open(&request.catalog, &settings, &Deadlines::control())?;
-        Self::with(record, catalog, request, &settings)
+    pub fn again(
+        record: Record,
+        catalog_url: &StoreUrl,
+        settings: &StoreSettings,
+    ) -> Result<Self, SnapshotError> {
+        let catalog = catalog::open(catalog_url, settings, &Deadlines::control())?;
+        Self::with(record, catalog, catalog_url, settings)
     }
 
     fn with(
         record: Record,
         catalog: Arc<dyn Catalog>,
-        request: &MountRequest,
+        catalog_url: &StoreUrl,
         settings: &StoreSettings,
     ) -> Result<Self, SnapshotError> {
         let url = match &record.origin {
@@ -102,7 +110,7 @@ impl Resolved {
         Ok(Self {
             record,
             catalog,
-            catalog_url: request.catalog.clone(),
+            catalog_url: catalog_url.clone(),
             origin,
         })
     }
@@ -216,8 +224,7 @@ impl Resolved {
 }
 
 impl Snapshot {
-    /// The snapshot as a file system of `owner`'s.
-    pub fn file_system(&self, fetcher: &Arc<Fetcher>, owner: Owner) -> GridFs {
+    fn sources(&self) -> TreeSources {
         let resolved = &self.resolved;
         let sums = resolved
             .record
@@ -232,15 +239,39 @@ impl Snapshot {
                     part.key.clone(),
                 )
             });
-        let sources = TreeSources {
+        TreeSources {
             tree: Arc::clone(&self.tree),
             origin: resolved.origin.clone(),
             sums,
-        };
-        // Cached bytes are shared by whoever has this user's permissions: the user.
-        let domain = format!("uid {}", owner.uid);
-        let content = Arc::new(Fetched::new(Arc::clone(fetcher), sources, domain));
-        let reference = resolved.reference().to_string();
+        }
+    }
+
+    /// One object of the tree as the mounts of `uid` open it.
+    pub fn object(
+        &self,
+        fetcher: &Arc<Fetcher>,
+        uid: u32,
+        number: ObjectNo,
+    ) -> Result<Arc<FetchObject>, TreeError> {
+        Ok(fetcher.open(&domain(uid), self.sources().source(number)?))
+    }
+
+    /// The snapshot as a file system of `owner`'s.
+    pub fn file_system(
+        &self,
+        fetcher: &Arc<Fetcher>,
+        owner: Owner,
+        prefetch: PrefetchPolicy,
+        runtime: &tokio::runtime::Handle,
+    ) -> GridFs {
+        let content = Arc::new(Fetched::new(
+            Arc::clone(fetcher),
+            self.sources(),
+            domain(owner.uid),
+            prefetch,
+            runtime,
+        ));
+        let reference = self.resolved.reference().to_string();
         GridFs::new(
             fs::Snapshot {
                 reference,
@@ -250,6 +281,11 @@ impl Snapshot {
             owner,
         )
     }
+}
+
+/// Cached bytes are shared by whoever has this user's permissions: the user.
+fn domain(uid: u32) -> String {
+    format!("uid {uid}")
 }
 
 /// The tree's objects in the version's origin.
@@ -269,6 +305,15 @@ impl Sources for TreeSources {
             size: object.size,
             sums: self.sums.as_ref().map(|sums| sums.of(number)),
         })
+    }
+
+    fn total_bytes(&self) -> u64 {
+        self.tree.totals().bytes
+    }
+
+    fn files(&self) -> Box<dyn Iterator<Item = (ObjectNo, Range<u64>)> + Send + '_> {
+        let rows = (0..self.tree.row_count()).map(RowNo);
+        Box::new(rows.filter_map(|row| self.tree.object_range(row).ok().flatten()))
     }
 }
 

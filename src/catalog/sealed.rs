@@ -1,6 +1,8 @@
 //! How a small JSON object is stored so that any flipped bit is noticed:
 //!
-//!     {"blake3":"<64 hex digits>","record":{…}}⏎
+//! ```text
+//! {"blake3":"<64 hex digits>","record":{…}}⏎
+//! ```
 //!
 //! The digest is that of the bytes between `"record":` and the last `}`. The frame is compared byte for
 //! byte, so every bit of the object is either framing, digest or digested. It is JSON for whoever looks

@@ -10,6 +10,7 @@ use super::{
     config::{self, Overrides},
     mount, output,
 };
+use crate::causes::in_one_line;
 use crate::{
     agent::{
         Agent,
@@ -38,7 +39,7 @@ pub fn agent(args: AgentArgs) -> Result<(), CliError> {
     let result = agent_inner(&args, &mut readiness);
     if let Err(error) = &result {
         readiness.failed(&match error {
-            CliError::Failed(error) => output::chain(&**error),
+            CliError::Failed(error) => in_one_line(&**error),
             other => other.to_string(),
         });
     }
@@ -69,7 +70,7 @@ fn keep(args: &AgentArgs) -> Result<(), CliError> {
             return Ok(());
         }
         Err(error) => {
-            readiness.failed(&output::chain(&error));
+            readiness.failed(&crate::causes::in_one_line(&error));
             return Err(CliError::failed(error));
         }
     };
@@ -133,7 +134,10 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
         let agent = Agent::new(config::agent_config(&settings)?, keeping).map_err(CliError::failed)?;
         // Before anything is resumed: a failure from then on would end what lives.
         let listener = lock.bind().map_err(CliError::failed)?;
-        agent.resume(held, &config::store_settings()).await;
+        // Only for what has to be mounted again: no reason not to start.
+        agent
+            .resume(held, &config::store_settings().unwrap_or_default())
+            .await;
         serve(&agent, listener, args.on_demand, || readiness.ready()).await
     });
     runtime.shutdown_timeout(Duration::from_secs(5));
@@ -144,7 +148,7 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
 /// An agent in the foreground with one mount, until that is unmounted or a signal comes.
 pub fn foreground(args: MountArgs) -> Result<(), CliError> {
     start_logging();
-    let settings = config::load(&Overrides::of(&args.catalog, &args.agent))?;
+    let settings = config::load(&Overrides::of_mount(&args))?;
     let request = mount::request(&args, &settings)?;
     let socket = own_socket(&args.socket)?;
     let lock = SocketLock::acquire(&socket).map_err(|error| match error {

@@ -2,18 +2,18 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 use crate::agent::control::IoModeWish;
 
 const EXAMPLES: &str = "\
 Examples:
   grid-mount alice:imagenet/3               mount it at ~/datastores/imagenet
-  grid-mount alice:imagenet /data/imagenet  the newest version, at a path of yours
+  grid-mount alice:imagenet /data/imagenet  the newest, at a path of yours
   grid-mount publish ./photos photos        your directory becomes you:photos/1
   grid-mount list --global                  what the team has published
   grid-mount unmount imagenet               and away
-Try `grid-mount demo`; `grid-mount COMMAND --help` tells more.";
+`grid-mount demo` shows it all; `grid-mount mount --help` has every option.";
 
 /// Mounts a team's published data sets read-only and lazily: user:datastore/version under a path.
 #[derive(Debug, Parser)]
@@ -24,6 +24,25 @@ pub struct Cli {
     pub mount: MountArgs,
     #[command(subcommand)]
     pub command: Option<Command>,
+}
+
+/// What the first screen shows of the mount's options; `mount --help` shows them all.
+const FIRST_SCREEN: [&str; 4] = ["reference", "mount_point", "foreground", "json"];
+
+impl Cli {
+    /// The grammar as people meet it.
+    pub fn grammar() -> clap::Command {
+        Self::command().mut_args(|arg| {
+            let shown = FIRST_SCREEN.contains(&arg.get_id().as_str());
+            arg.hide(!shown)
+        })
+    }
+
+    /// Parses this process's arguments; prints help or usage errors and ends the process where that is due.
+    pub fn from_process() -> Self {
+        let matches = Self::grammar().get_matches();
+        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -45,6 +64,10 @@ pub enum Command {
     Register(RegisterArgs),
     /// Name a version (prod), or take the name away
     Alias(AliasArgs),
+    /// Look at the cache, evict from it, check it
+    Cache(CacheArgs),
+    /// Bring a version, or a part of it, into the cache ahead of its readers
+    Warm(WarmArgs),
     /// Print the settings in force and where each came from
     Config(ConfigArgs),
     /// Publish, mount and compare a small real data set
@@ -57,11 +80,11 @@ pub enum Command {
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Catalog")]
 pub struct CatalogArgs {
-    /// Where records are: file:///dir, s3://bucket/prefix, gs://…, az://… [env: GRID_MOUNT_CATALOG]
-    #[arg(long, value_name = "URL", hide_short_help = true)]
+    /// Where records are: s3://bucket/prefix, file:///dir, …
+    #[arg(long, value_name = "URL")]
     pub catalog: Option<String>,
-    /// Who I am: whose datastores a reference without owner means [env: GRID_MOUNT_USER]
-    #[arg(long, value_name = "NAME", hide_short_help = true)]
+    /// Who I am
+    #[arg(long, value_name = "NAME")]
     pub user: Option<String>,
 }
 
@@ -69,33 +92,33 @@ pub struct CatalogArgs {
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Agent (when this command starts it)")]
 pub struct AgentSettingArgs {
-    /// Where fetched data is kept [env: GRID_MOUNT_CACHE_DIR]
-    #[arg(long, value_name = "DIR", hide_short_help = true)]
+    /// Where fetched data is kept
+    #[arg(long, value_name = "DIR")]
     pub cache_dir: Option<PathBuf>,
-    /// How much: 200GiB, or a share of the disk, 20% [env: GRID_MOUNT_CACHE_SIZE]
-    #[arg(long, value_name = "SIZE", hide_short_help = true)]
+    /// How much: 200GiB, or a share of the disk, 20%
+    #[arg(long, value_name = "SIZE")]
     pub cache_size: Option<String>,
-    /// What the cache leaves free on its disk: 10GiB or 5% [env: GRID_MOUNT_CACHE_MIN_FREE]
-    #[arg(long, value_name = "SIZE", hide_short_help = true)]
+    /// What the cache leaves free on its disk: 10GiB or 5%
+    #[arg(long, value_name = "SIZE")]
     pub cache_min_free: Option<String>,
-    /// Bytes in flight from origins, all readers together [env: GRID_MOUNT_MEMORY_LIMIT]
-    #[arg(long, value_name = "SIZE", hide_short_help = true)]
+    /// Bytes in flight from origins, all readers together
+    #[arg(long, value_name = "SIZE")]
     pub memory_limit: Option<String>,
-    /// Connections per origin [env: GRID_MOUNT_CONNECTIONS]
-    #[arg(long, value_name = "N", hide_short_help = true)]
+    /// Connections per origin
+    #[arg(long, value_name = "N")]
     pub connections: Option<String>,
-    /// No reader waits longer than this, 60s [env: GRID_MOUNT_READ_DEADLINE]
-    #[arg(long, value_name = "SECONDS", hide_short_help = true)]
+    /// No reader waits longer than this, 60s
+    #[arg(long, value_name = "SECONDS")]
     pub read_deadline: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, Args)]
 pub struct SocketArgs {
-    /// The agent's control socket [env: GRID_MOUNT_SOCKET]
-    #[arg(long, value_name = "PATH", hide_short_help = true)]
+    /// The agent's control socket
+    #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
     /// Use my own agent even where the system has one
-    #[arg(long, conflicts_with = "socket", hide_short_help = true)]
+    #[arg(long, conflicts_with = "socket")]
     pub own_agent: bool,
 }
 
@@ -111,20 +134,24 @@ pub struct OutputArgs {
 Examples:
   grid-mount mount alice:imagenet/3
   grid-mount mount alice:/datastores/imagenet/3 /data/imagenet
-  grid-mount mount bob:coco/prod --foreground")]
+  grid-mount mount bob:coco/prod --foreground
+Settings also come from GRID_MOUNT_… variables and files: see `grid-mount config`.")]
 pub struct MountArgs {
-    /// [user:]datastore[/version]: a number, `latest` or an alias; no version means the newest
+    /// [user:]datastore[/version]; a version is a number or an alias
     #[arg(value_name = "REF", required = true)]
     pub reference: Option<String>,
-    /// Default: /datastores/NAME for root, ~/datastores/NAME otherwise; created if absent
+    /// Default: ~/datastores/NAME, for root /datastores/NAME
     #[arg(value_name = "MOUNTPOINT")]
     pub mount_point: Option<PathBuf>,
     /// Stay, show the log, unmount on Ctrl-C
     #[arg(long, short)]
     pub foreground: bool,
-    /// How the kernel reads: chosen from the data set unless said
-    #[arg(long, value_enum, default_value_t = IoModeArg::Auto, hide_short_help = true)]
+    /// How the kernel reads; chosen by itself
+    #[arg(long, value_enum, default_value_t = IoModeArg::Auto, hide_default_value = true)]
     pub io_mode: IoModeArg,
+    /// What to fetch before it is asked for: auto, none or all [env: GRID_MOUNT_PREFETCH]
+    #[arg(long, value_name = "WHAT", hide_short_help = true)]
+    pub prefetch: Option<String>,
     #[command(flatten)]
     pub output: OutputArgs,
     #[command(flatten)]
@@ -293,6 +320,78 @@ pub struct AliasArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
+Examples:
+  grid-mount cache status
+  grid-mount cache evict alice:imagenet/2
+  grid-mount cache verify --json
+Asks the agent; where none runs, opens the cache directory itself.")]
+pub struct CacheArgs {
+    #[command(subcommand)]
+    pub command: CacheCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum CacheCommand {
+    /// How much is in it, and how it does
+    #[command(after_help = "Example:\n  grid-mount cache status --json")]
+    Status(CacheCommandArgs),
+    /// Print the cache directory
+    #[command(after_help = "Example:\n  du -sh \"$(grid-mount cache path)\"")]
+    Path(CacheCommandArgs),
+    /// Forget a version's data, or everything; who reads it reads on
+    #[command(after_help = "Examples:\n  grid-mount cache evict alice:imagenet/2\n  grid-mount cache evict")]
+    Evict(CacheEvictArgs),
+    /// Compare everything in it with its checksums; what is damaged will be fetched again
+    #[command(after_help = "Example:\n  grid-mount cache verify")]
+    Verify(CacheCommandArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct CacheCommandArgs {
+    #[command(flatten)]
+    pub output: OutputArgs,
+    #[command(flatten)]
+    pub socket: SocketArgs,
+    #[command(flatten)]
+    pub agent: AgentSettingArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct CacheEvictArgs {
+    /// The version to forget, with the blocks it shares with others; without it, everything
+    #[arg(value_name = "REF")]
+    pub reference: Option<String>,
+    #[command(flatten)]
+    pub catalog: CatalogArgs,
+    #[command(flatten)]
+    pub common: CacheCommandArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  grid-mount warm alice:imagenet/3
+  grid-mount warm alice:imagenet --include 'train/*.tar' --include 'labels/**'
+Readers go first. Run again after an interruption: only what is missing is fetched.")]
+pub struct WarmArgs {
+    /// [user:]datastore[/version]; it need not be mounted
+    #[arg(value_name = "REF")]
+    pub reference: String,
+    /// Only files whose path matches; may be repeated
+    #[arg(long, value_name = "GLOB")]
+    pub include: Vec<String>,
+    #[command(flatten)]
+    pub output: OutputArgs,
+    #[command(flatten)]
+    pub socket: SocketArgs,
+    #[command(flatten)]
+    pub catalog: CatalogArgs,
+    #[command(flatten)]
+    pub agent: AgentSettingArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
 Example:
   grid-mount config --json
 Flags beat the environment, which beats ~/.config/grid-mount/config.toml, which beats
@@ -346,8 +445,6 @@ pub struct AgentArgs {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]
@@ -375,20 +472,25 @@ mod tests {
         );
     }
 
-    /// The short help has to fit on a screen of 80 × 40 and to end in examples.
+    /// Help has to fit on a screen of 80 × 45 and to have examples.
     #[test]
     fn the_help_fits_on_a_screen() {
-        let help = Cli::command().term_width(80).render_help().to_string();
+        let mut grammar = Cli::grammar().term_width(80);
+        let help = grammar.render_help().to_string();
         assert!(
             help.lines().count() <= 40,
             "{} lines:\n{help}",
             help.lines().count()
         );
         assert!(help.contains("Examples:"));
-        for mut command in Cli::command().get_subcommands().cloned() {
-            let name = command.get_name().to_owned();
+        for command in grammar.get_subcommands_mut() {
             let help = command.render_help().to_string();
-            assert!(help.lines().count() <= 40, "{name}:\n{help}");
+            let name = command.get_name();
+            assert!(
+                help.lines().count() <= 45,
+                "{name}: {} lines:\n{help}",
+                help.lines().count()
+            );
             assert!(help.contains("Example"), "{name} has no example");
         }
     }

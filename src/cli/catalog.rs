@@ -40,7 +40,7 @@ fn make_directory(catalog: &StoreUrl) -> Result<(), CliError> {
 }
 
 fn connect(settings: &Settings) -> Result<Arc<dyn Catalog>, CliError> {
-    let store_settings = config::store_settings().into_iter().collect();
+    let store_settings = config::store_settings()?;
     catalog::open(&settings.catalog.value, &store_settings, &Deadlines::control()).map_err(
         |error| match error {
             error @ catalog::CatalogError::UnsupportedScheme { .. } => CliError::usage(error),

@@ -4,12 +4,13 @@ use std::{collections::BTreeMap, env, io, path::Path};
 
 use super::{
     CliError,
-    args::{AgentSettingArgs, CatalogArgs, ConfigArgs},
+    args::{AgentSettingArgs, CatalogArgs, ConfigArgs, MountArgs},
     output,
 };
 use crate::{
     agent::{AgentConfig, CacheConfig, FetchConfig, VerifyPolicy},
-    config::{self, Inputs, Settings},
+    config::{Inputs, Settings},
+    origin::StoreSettings,
 };
 
 /// What the flags say, by setting.
@@ -17,6 +18,15 @@ use crate::{
 pub struct Overrides(BTreeMap<&'static str, String>);
 
 impl Overrides {
+    /// Of a mount: its prefetching besides.
+    pub fn of_mount(args: &MountArgs) -> Self {
+        let mut overrides = Self::of(&args.catalog, &args.agent);
+        if let Some(prefetch) = &args.prefetch {
+            overrides.0.insert("prefetch", prefetch.clone());
+        }
+        overrides
+    }
+
     pub fn of(catalog: &CatalogArgs, agent: &AgentSettingArgs) -> Self {
         let path =
             |path: &Option<std::path::PathBuf>| path.as_ref().map(|path| path.to_string_lossy().into_owned());
@@ -58,12 +68,9 @@ fn unicode_environment() -> impl Iterator<Item = (String, String)> {
     env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
 }
 
-/// The caller's object-store settings: they travel with each request.
-pub fn store_settings() -> BTreeMap<String, String> {
-    let home = env::var("HOME").ok().map(|home| ("HOME".to_owned(), home));
-    config::store_variables(unicode_environment())
-        .chain(home)
-        .collect()
+/// The caller's object-store settings, profile included: they travel with each request.
+pub fn store_settings() -> Result<StoreSettings, CliError> {
+    StoreSettings::from_env().map_err(CliError::failed)
 }
 
 /// The `agent` subcommand's flags that give a new agent these settings.
@@ -71,7 +78,7 @@ pub fn agent_arguments(settings: &Settings) -> Vec<String> {
     settings
         .explain()
         .into_iter()
-        .filter(|line| !matches!(line.key, "catalog" | "user"))
+        .filter(|line| !matches!(line.key, "catalog" | "user" | "prefetch"))
         .map(|line| format!("--{}={}", line.key.replace('_', "-"), line.value))
         .collect()
 }
@@ -90,8 +97,9 @@ pub fn agent_config(settings: &Settings) -> Result<AgentConfig, CliError> {
             connections: usize::from(settings.connections.value),
             memory_limit: settings.memory_limit.value.0,
             read_deadline: settings.read_deadline.value,
-            // Enough to keep 64 connections of 90 MB/s busy for 20 ms; more only fills memory.
-            max_readahead: 128 << 20,
+            // An extent for each of 32 connections, which then wait little for first bytes; a quarter of the
+            // memory is the tighter bound.
+            max_readahead: 256 << 20,
         },
     })
 }

@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     agent::{
+        self,
         client::Client,
         control::{MountInfo, MountRequest, UnmountOutcome, UnmountRequest, UnmountTarget},
         launch::{self, RuntimeDir, SYSTEM_SOCKET},
@@ -23,11 +24,11 @@ use crate::{
 };
 
 /// An agent may be ending just as it is asked for something; a new one is then started, once it has.
-const AGENT_TRIES: usize = 50;
-const AGENT_PAUSE: Duration = Duration::from_millis(100);
+pub const AGENT_TRIES: usize = 50;
+pub const AGENT_PAUSE: Duration = Duration::from_millis(100);
 
 pub async fn mount(args: MountArgs) -> Result<(), CliError> {
-    let settings = config::load(&Overrides::of(&args.catalog, &args.agent))?;
+    let settings = config::load(&Overrides::of_mount(&args))?;
     let request = request(&args, &settings)?;
     let mut last = None;
     for _ in 0..AGENT_TRIES {
@@ -65,8 +66,9 @@ pub fn request(args: &MountArgs, settings: &Settings) -> Result<MountRequest, Cl
         mount_point,
         catalog: settings.catalog.value.clone(),
         user: settings.user.value.clone(),
-        store_settings: config::store_settings(),
+        store_settings: config::store_settings()?,
         io_mode: args.io_mode.into(),
+        prefetch: settings.prefetch.value,
     })
 }
 
@@ -153,7 +155,7 @@ pub fn runtime_dir() -> Result<RuntimeDir, CliError> {
     RuntimeDir::of_user(xdg.as_deref()).map_err(CliError::failed)
 }
 
-fn start_agent(settings: &Settings) -> Result<Client, CliError> {
+pub fn start_agent(settings: &Settings) -> Result<Client, CliError> {
     let runtime = runtime_dir()?;
     let program = env::current_exe().map_err(CliError::failed)?;
     launch::start(&runtime, &program, &config::agent_arguments(settings)).map_err(CliError::failed)?;
@@ -163,23 +165,34 @@ fn start_agent(settings: &Settings) -> Result<Client, CliError> {
 pub async fn unmount(args: UnmountArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of(&args.catalog, &Default::default()))?;
     let target = target(&args, &settings)?;
-    let Some(client) = connect(&args.socket).await? else {
-        if args.all {
-            return report(&args, &[]);
-        }
-        let what = args.target.as_deref().unwrap_or_default();
-        return Err(CliError::Failed(
-            format!("{what} is not mounted: no agent is running").into(),
-        ));
+    let request = UnmountRequest {
+        target,
+        lazy: args.lazy,
     };
-    let outcomes = client
-        .unmount(&UnmountRequest {
-            target,
-            lazy: args.lazy,
-        })
-        .await
-        .map_err(CliError::failed)?;
-    report(&args, &outcomes)
+    let outcomes = match connect(&args.socket).await? {
+        None => None,
+        Some(client) => match client.unmount(&request).await {
+            Ok(outcomes) => Some(outcomes),
+            // It has ended with its last mount since it was asked whether it is there.
+            Err(error) if error.is_absence() => None,
+            Err(error) => return Err(CliError::failed(error)),
+        },
+    };
+    match outcomes {
+        Some(outcomes) => report(&args, &outcomes),
+        None if args.all => report(&args, &[]),
+        None => {
+            if let UnmountTarget::MountPoint(path) = &request.target
+                && let Some(outcome) = agent::unmount_orphan(path, args.lazy)
+            {
+                return report(&args, &[outcome]);
+            }
+            let what = args.target.as_deref().unwrap_or_default();
+            Err(CliError::Failed(
+                format!("{what} is not mounted: no agent is running").into(),
+            ))
+        }
+    }
 }
 
 fn report(args: &UnmountArgs, outcomes: &[UnmountOutcome]) -> Result<(), CliError> {

@@ -1,27 +1,11 @@
 //! What people see: errors with their causes, tables, byte counts.
 
 use std::{
-    error::Error,
     fmt::Write as _,
     io::{self, IsTerminal, Write},
 };
 
 use serde::Serialize;
-
-/// "what failed: why: why", each cause once.
-pub fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let next = error.to_string();
-        // Many errors repeat their source in their own words.
-        if !text.contains(&next) {
-            let _ = write!(text, ": {next}");
-        }
-        cause = error.source();
-    }
-    text
-}
 
 /// A failed write to a closed pipe (`… | head`) is the reader's choice, not our failure.
 pub fn print(text: &str) {
@@ -108,16 +92,5 @@ mod tests {
     fn tables_align() {
         let rows = [vec!["a".into(), "bbbb".into()], vec!["ccc".into(), "d".into()]];
         assert_eq!(table(&["X", "Y"], &rows), "X    Y\na    bbbb\nccc  d\n");
-    }
-
-    #[test]
-    fn a_cause_is_told_once() {
-        #[derive(Debug, thiserror::Error)]
-        #[error("no catalog")]
-        struct Outer(#[source] io::Error);
-        assert_eq!(
-            chain(&Outer(io::Error::other("no route"))),
-            "no catalog: no route"
-        );
     }
 }

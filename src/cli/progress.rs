@@ -17,6 +17,7 @@ const LINE_EVERY: Duration = Duration::from_secs(5);
 /// Progress of `publish` and `register`, on standard error.
 pub struct Shown {
     bar: Option<ProgressBar>,
+    phase: Mutex<&'static str>,
     files: AtomicU64,
     files_total: AtomicU64,
     bytes: AtomicU64,
@@ -37,6 +38,7 @@ impl Shown {
         });
         Self {
             bar,
+            phase: Mutex::new(""),
             files: AtomicU64::new(0),
             files_total: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
@@ -78,11 +80,72 @@ impl Shown {
             format!("{:.0} s", bytes_total.saturating_sub(bytes) as f64 / rate)
         };
         output::note(&format!(
-            "{files}/{files_total} files, {}/{}, {}/s, ETA {eta}",
+            "{}: {files}/{files_total} files, {}/{}, {}/s, ETA {eta}",
+            self.phase.lock(),
             output::bytes(bytes),
             output::bytes(bytes_total),
             output::bytes(rate as u64),
         ));
+    }
+}
+
+/// One number that grows to a known end, on standard error.
+pub struct Bar {
+    bar: Option<ProgressBar>,
+    doing: &'static str,
+    bytes: bool,
+    last_line: Mutex<Instant>,
+}
+
+impl Bar {
+    /// `unit` is `bytes`, or what is counted.
+    pub fn new(doing: &'static str, unit: &'static str) -> Self {
+        let bytes = unit == "bytes";
+        let bar = output::stderr_is_terminal().then(|| {
+            let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
+            let template = match bytes {
+                true => "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} ETA {eta}",
+                false => "{msg} [{bar:30}] {pos}/{len} ETA {eta}",
+            };
+            if let Ok(style) = ProgressStyle::with_template(template) {
+                bar.set_style(style.progress_chars("=> "));
+            }
+            bar.set_message(doing);
+            bar
+        });
+        Self {
+            bar,
+            doing,
+            bytes,
+            last_line: Mutex::new(Instant::now()),
+        }
+    }
+
+    pub fn at(&self, done: u64, total: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_length(total);
+            bar.set_position(done);
+            return;
+        }
+        {
+            let Some(mut last) = self.last_line.try_lock() else {
+                return;
+            };
+            if last.elapsed() < LINE_EVERY {
+                return;
+            }
+            *last = Instant::now();
+        }
+        output::note(&match self.bytes {
+            true => format!("{} {}/{}", self.doing, output::bytes(done), output::bytes(total)),
+            false => format!("{} {done}/{total}", self.doing),
+        });
+    }
+
+    pub fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
     }
 }
 
@@ -94,9 +157,9 @@ impl Progress for Shown {
             Phase::Tree => "indexing",
             Phase::Record => "recording",
         };
-        match &self.bar {
-            Some(bar) => bar.set_message(name),
-            None => output::note(name),
+        *self.phase.lock() = name;
+        if let Some(bar) = &self.bar {
+            bar.set_message(name);
         }
     }
 

@@ -45,7 +45,7 @@ pub async fn register(args: RegisterArgs) -> Result<(), CliError> {
     let (settings, name) = prepare(&args.catalog, &args.name)?;
     let url: StoreUrl = args.url.parse().map_err(CliError::usage)?;
     let catalog = open_to_publish(&settings)?;
-    let store_settings = config::store_settings().into_iter().collect();
+    let store_settings = config::store_settings()?;
     let store = Store::open(&url, &store_settings, &Deadlines::control()).map_err(CliError::failed)?;
     let scratch = tempfile::tempdir().map_err(CliError::failed)?;
     let mut options = PublishOptions::new(scratch.path());

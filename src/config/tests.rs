@@ -124,15 +124,3 @@ fn shares_of_a_disk() {
     assert!("101%".parse::<DiskShare>().is_err());
     assert!("-1%".parse::<DiskShare>().is_err());
 }
-
-#[test]
-fn only_object_store_variables_travel() {
-    let names: Vec<String> = store_variables([
-        ("AWS_ACCESS_KEY_ID".into(), "k".into()),
-        ("HOME".into(), "/".into()),
-        ("AZURE_STORAGE_ACCOUNT".into(), "a".into()),
-    ])
-    .map(|(name, _)| name)
-    .collect();
-    assert_eq!(names, ["AWS_ACCESS_KEY_ID", "AZURE_STORAGE_ACCOUNT"]);
-}

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures::{StreamExt as _, stream::BoxStream};
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -154,7 +154,7 @@ impl Job {
         sums: Option<Vec<BlockSum>>,
     ) -> Result<(), Stop> {
         let start = self.delivered;
-        let mut buffer = BytesMut::new();
+        let mut buffer = Vec::new();
         while let Some(chunk) = body.next().await {
             let mut chunk = chunk.map_err(Stop::Origin)?;
             self.fetcher
@@ -166,12 +166,12 @@ impl Job {
                 let range = BlockNo(block).byte_range(self.object.source.size);
                 let length = usize::try_from(range.end - range.start).unwrap_or(0);
                 if buffer.capacity() == 0 {
-                    buffer.reserve(length);
+                    buffer = self.fetcher.buffers.take();
                 }
                 let take = chunk.len().min(length - buffer.len());
                 buffer.extend_from_slice(&chunk.split_to(take));
                 if buffer.len() == length {
-                    let bytes = std::mem::take(&mut buffer).freeze();
+                    let bytes = self.fetcher.buffers.freeze(std::mem::take(&mut buffer));
                     if let Some(sums) = &sums
                         && BlockSum::of(&bytes) != sums[self.delivered - start]
                     {
@@ -307,7 +307,7 @@ impl Latency {
             let usual = sorted[sorted.len() / 2];
             answers.patience = Some(
                 (late.min(usual * 4))
-                    .max(usual * 2)
+                    .max(usual * 3 / 2)
                     .max(Duration::from_millis(10)),
             );
         }

@@ -26,6 +26,8 @@ pub enum Priority {
 pub(super) struct Urgency {
     priority: Mutex<Priority>,
     raised: Notify,
+    /// Asked for by a waiting reader from the start; what was fetched ahead and is now waited for is not.
+    born_waited: bool,
 }
 
 impl Urgency {
@@ -33,6 +35,7 @@ impl Urgency {
         Self {
             priority: Mutex::new(priority),
             raised: Notify::new(),
+            born_waited: priority == Priority::Waited,
         }
     }
 
@@ -80,6 +83,9 @@ pub(super) struct Permit {
 
 /// For so long after a waiting reader's request, warm-up keeps to its small share.
 const READERS_ARE_ABOUT: Duration = Duration::from_millis(500);
+/// For so long, readahead leaves the reserve free. A sequential reader's requests are all readahead: it may
+/// have nearly everything.
+const A_READER_MAY_COME_BACK: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(4);
 
 impl Pool {
@@ -99,16 +105,12 @@ impl Pool {
     /// How many connections requests of this class may hold.
     fn share(&self, class: Priority, state: &State) -> usize {
         let reserve = (self.connections / 4).max(1);
+        let quiet = |period| state.last_waited.is_none_or(|at| at.elapsed() >= period);
         match class {
             Priority::Waited => self.connections,
+            Priority::Readahead if quiet(A_READER_MAY_COME_BACK) => self.connections - 1,
             Priority::Readahead => self.connections - reserve,
-            Priority::WarmUp
-                if state
-                    .last_waited
-                    .is_some_and(|at| at.elapsed() < READERS_ARE_ABOUT) =>
-            {
-                (self.connections / 16).max(1)
-            }
+            Priority::WarmUp if !quiet(READERS_ARE_ABOUT) => (self.connections / 16).max(1),
             Priority::WarmUp => self.connections - reserve,
         }
     }
@@ -135,7 +137,7 @@ impl Pool {
             let class = urgency.get();
             let turn = {
                 let mut state = self.state.lock();
-                if class == Priority::Waited {
+                if urgency.born_waited {
                     state.last_waited = Some(Instant::now());
                 }
                 if state.queues[class as usize].is_empty() && self.may_run(class, &state) {
@@ -154,7 +156,7 @@ impl Pool {
                 permit = turn => if let Ok(permit) = permit { return permit },
                 () = urgency.raised.notified(), if class != Priority::Waited => {}
                 // A share that grew with time (no reader about any more) is noticed without a release.
-                () = tokio::time::sleep(READERS_ARE_ABOUT), if class == Priority::WarmUp => {}
+                () = tokio::time::sleep(READERS_ARE_ABOUT), if class != Priority::Waited => {}
             }
         }
     }

@@ -20,7 +20,9 @@ const MOST_STREAMS: usize = 16;
 /// How far from its expected place a read still belongs to a stream: the kernel sends the parts of one
 /// readahead out of order, and readers skip small headers.
 const SLACK: u64 = 512 << 10;
-const FIRST_WINDOW: u64 = 1 << 20;
+const FIRST_WINDOW: u64 = 2 << 20;
+/// A proven window grows by this factor: each step costs a round trip, and a fast origin takes five.
+const GROWTH: u64 = 4;
 /// A first read of this length at the start of a file comes from a sequential reader's kernel readahead;
 /// random readers ask for less.
 const TELLING_LENGTH: u64 = 64 << 10;
@@ -35,6 +37,8 @@ struct Stream {
     step: i64,
     confirmed: u32,
     window: u64,
+    /// Reading on to here proves the window right.
+    proof: u64,
 }
 
 impl Streams {
@@ -96,13 +100,25 @@ impl Streams {
                 stream.window
             };
             stream.asked = stream.asked.max(stream.front);
-            // Asked for in large pieces, when half of what was asked is used up.
-            if stream.asked - stream.front > stream.window / 2 {
+            if stream.front >= stream.proof && stream.proof > 0 {
+                stream.window = (stream.window * GROWTH).min(largest);
+                stream.proof = 0;
+            }
+            // Topped up in large pieces: an extent, or half of a smaller window.
+            let room = stream.window.saturating_sub(stream.asked - stream.front);
+            if room < EXTENT_SIZE.min(stream.window / 2) {
                 return (Vec::new(), at);
             }
             let from = stream.asked;
-            stream.asked = stream.front + stream.window;
-            stream.window = (stream.window * 2).min(largest);
+            let mut to = stream.front + stream.window;
+            if stream.window >= 4 * EXTENT_SIZE {
+                // Pieces end where extents end.
+                to -= to % EXTENT_SIZE;
+            }
+            stream.asked = to.max(from);
+            if stream.proof == 0 {
+                stream.proof = stream.front + (stream.asked - stream.front) / 2;
+            }
             return (clip(from..stream.asked), at);
         }
         // Backward: the read ends where the stream starts.
@@ -133,7 +149,7 @@ impl Streams {
             }
             let to = stream.asked;
             stream.asked = range.start.saturating_sub(stream.window);
-            stream.window = (stream.window * 2).min(largest);
+            stream.window = (stream.window * GROWTH).min(largest);
             return (clip(stream.asked..to), at);
         }
         // Strided: the same jump as the last time, twice over.
@@ -187,6 +203,7 @@ impl Streams {
             step: 0,
             confirmed: 0,
             window,
+            proof: if telling { range.end + window / 2 } else { 0 },
         });
         (
             if telling {
@@ -235,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn sequential_readers_get_a_doubling_window_without_gaps() {
+    fn sequential_readers_get_a_growing_window_without_gaps() {
         let streams = Streams::new();
         let mut covered = 0;
         let mut furthest = 0;

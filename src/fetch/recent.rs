@@ -1,7 +1,8 @@
 //! The blocks that arrived last, in memory.
 //!
 //! Bridges the time between a block's arrival and its being in the cache, and stands in for a cache that is
-//! absent, full or broken, so that sequential readers do not fetch a block twice.
+//! absent, full or broken, so that sequential readers do not fetch a block twice. In order of arrival: were blocks kept for being read,
+//! those fetched ahead would go before their reader comes.
 
 use bytes::Bytes;
 use lru::LruCache;
@@ -28,6 +29,6 @@ impl Recent {
     }
 
     pub fn get(&self, object: ObjectId, block: u64) -> Option<Bytes> {
-        self.blocks.lock().get(&(object, block)).cloned()
+        self.blocks.lock().peek(&(object, block)).cloned()
     }
 }

@@ -4,10 +4,12 @@
 //! page of a listing for one key it cannot represent. Both are put right here, where the answers pass by.
 
 use std::{
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
+    task::{Context, Poll},
     time::Duration,
 };
 
@@ -76,13 +78,15 @@ tokio::task_local! {
 
 /// An error body longer than this is not worth reading for its code.
 const ERROR_BODY: usize = 64 << 10;
-/// An upload is given the time it takes at this rate, bytes a second, before its answer is due.
-const SLOWEST_UPLOAD: u64 = 1 << 20;
+/// An upload is given the time it takes at this rate, bytes a second, before its answer is due. Many run at
+/// once and share one line.
+const SLOWEST_UPLOAD: u64 = 64 << 10;
 
 #[derive(Debug)]
 pub(super) struct Connector {
     pub tally: Arc<Tally>,
     pub first_byte: Duration,
+    pub read: Duration,
     /// `host[:port]` suffixes of the store itself; empty: anything.
     pub credential_hosts: &'static [&'static str],
 }
@@ -93,6 +97,7 @@ impl HttpConnector for Connector {
             inner: ReqwestConnector::default().connect(options)?,
             tally: Arc::clone(&self.tally),
             first_byte: self.first_byte,
+            read: self.read,
             credential_hosts: self.credential_hosts,
         }))
     }
@@ -117,12 +122,58 @@ struct Service {
     inner: HttpClient,
     tally: Arc<Tally>,
     first_byte: Duration,
+    read: Duration,
     credential_hosts: &'static [&'static str],
 }
 
 #[derive(Debug, thiserror::Error)]
 #[error("no answer within {0:?}")]
 struct NoAnswer(Duration);
+
+#[derive(Debug, thiserror::Error)]
+#[error("nothing more came within {0:?}")]
+struct Stalled(Duration);
+
+/// A body whose every piece has a deadline. The client's own read timeout also runs while a request is
+/// being sent, and so would end every upload that takes longer.
+struct Impatient<B> {
+    inner: Pin<Box<B>>,
+    patience: Duration,
+    alarm: Option<Pin<Box<tokio::time::Sleep>>>,
+}
+
+impl<B: hyper::body::Body<Data = bytes::Bytes, Error = HttpError>> hyper::body::Body for Impatient<B> {
+    type Data = bytes::Bytes;
+    type Error = HttpError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<hyper::body::Frame<bytes::Bytes>, HttpError>>> {
+        let polled = self.inner.as_mut().poll_frame(context);
+        if polled.is_ready() {
+            // It runs again from when somebody next waits: a reader that pauses is not a server that stalls.
+            self.alarm = None;
+            return polled;
+        }
+        let patience = self.patience;
+        let alarm = self
+            .alarm
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep(patience)));
+        alarm
+            .as_mut()
+            .poll(context)
+            .map(|()| Some(Err(HttpError::new(HttpErrorKind::Timeout, Stalled(patience)))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> hyper::body::SizeHint {
+        self.inner.size_hint()
+    }
+}
 
 #[async_trait]
 impl HttpService for Service {
@@ -161,6 +212,11 @@ impl HttpService for Service {
         let _ = SEEN.try_with(|seen| seen.lock().status = status.as_u16());
         let tally = Arc::clone(&self.tally);
         let (parts, body) = response.into_parts();
+        let body = Impatient {
+            inner: Box::pin(body),
+            patience: self.read,
+            alarm: None,
+        };
         let counted = object_store::client::HttpResponseBody::new(body.map_frame(move |frame| {
             if let Some(data) = frame.data_ref() {
                 tally.bytes_in.fetch_add(data.len() as u64, Relaxed);

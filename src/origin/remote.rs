@@ -36,10 +36,9 @@ pub(super) fn build(
     };
     let options = || {
         ClientOptions::new()
-            // The whole request has no deadline of its own: its parts have.
+            // The whole request has no deadline of its own: its parts have (`http::Service`).
             .with_timeout_disabled()
             .with_connect_timeout(deadlines.connect)
-            .with_read_timeout(deadlines.read)
             .with_pool_idle_timeout(Duration::from_secs(30))
     };
     let retry = RetryConfig {
@@ -50,6 +49,7 @@ pub(super) fn build(
     let connector = || Connector {
         tally: Arc::clone(tally),
         first_byte: deadlines.first_byte,
+        read: deadlines.read,
         credential_hosts: CREDENTIAL_HOSTS,
     };
     macro_rules! configured {

@@ -56,6 +56,8 @@ pub struct Shape {
     /// One GET in so many is late by `straggle`; 0: none.
     pub straggler_every: u64,
     pub straggle: Duration,
+    /// Before a write is answered.
+    pub write: Duration,
 }
 
 #[derive(Default)]
@@ -85,6 +87,8 @@ struct State {
     next: AtomicU64,
     /// The offsets of ranged GETs, in order.
     ranges: Mutex<Vec<(String, u64, u64)>>,
+    /// (key, size) of every object that came to be, in order; one that is overwritten, again.
+    written: Mutex<Vec<(String, u64)>>,
 }
 
 /// Serves one bucket (`bucket`) until dropped.
@@ -148,6 +152,11 @@ impl S3Origin {
         self.state.ranges.lock().expect("ranges").clone()
     }
 
+    /// (key, size) of every object written so far, in order.
+    pub fn written(&self) -> Vec<(String, u64)> {
+        self.state.written.lock().expect("written").clone()
+    }
+
     pub fn put(&self, key: &str, bytes: impl Into<Bytes>) -> String {
         store(&self.state, key, bytes.into())
     }
@@ -167,6 +176,8 @@ impl S3Origin {
 }
 
 fn store(state: &State, key: &str, bytes: Bytes) -> String {
+    let written = (key.to_owned(), bytes.len() as u64);
+    state.written.lock().expect("written").push(written);
     let etag = format!("\"{:016x}\"", state.next.fetch_add(1, Relaxed) + 1);
     let stored = Stored {
         bytes,
@@ -423,6 +434,8 @@ async fn get(state: &State, stream: &mut BufReader<TcpStream>, request: &Request
 
 async fn write(state: &State, stream: &mut BufReader<TcpStream>, request: &Request) -> std::io::Result<()> {
     state.counts.puts.fetch_add(1, Relaxed);
+    let write = state.shape.lock().expect("shape").write;
+    tokio::time::sleep(write).await;
     let upload = request.query.get("uploadId").cloned();
     match (request.method.as_str(), upload) {
         ("PUT", Some(upload)) => {
@@ -474,7 +487,8 @@ async fn write(state: &State, stream: &mut BufReader<TcpStream>, request: &Reque
                 .expect("uploads")
                 .remove(&upload)
                 .unwrap_or_default();
-            let whole: Vec<u8> = parts.into_values().flatten().collect();
+            let parts: Vec<Bytes> = parts.into_values().collect();
+            let whole = parts.concat();
             let etag = store(state, &request.key, whole.into());
             let body =
                 format!("<CompleteMultipartUploadResult><ETag>{etag}</ETag></CompleteMultipartUploadResult>");

@@ -2,8 +2,7 @@
 //! in a temporary directory and credentials that only the test knows.
 //!
 //! The binary is `$GRID_MOUNT_WEED`, else `target/tools/weed/bin/weed`, else `weed` in `PATH`.
-//! Without one, [`Weed::start`] says so and the test skips; under `CI` it panics instead, so that
-//! nothing is skipped where everything should run.
+//! Without one, [`Weed::start`] skips as every test does: `sandbox::skip`.
 
 #![allow(dead_code)]
 
@@ -13,8 +12,11 @@ use std::{
     net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::{Arc, Mutex, Weak},
     time::{Duration, Instant},
 };
+
+use super::sandbox::skip;
 
 /// A server is up within seconds; a busy machine may take longer.
 const START_DEADLINE: Duration = Duration::from_secs(90);
@@ -63,14 +65,26 @@ pub fn find_binary() -> Result<PathBuf, String> {
 }
 
 impl Weed {
-    /// `None` (and a line that says why) if there is no binary; panics under `CI` or if the server
-    /// does not start.
+    /// The server that the tests of one binary share: it takes seconds to start. It ends with the last
+    /// of those that run at the same time.
+    pub fn shared() -> Option<Arc<Self>> {
+        static RUNNING: Mutex<Weak<Weed>> = Mutex::new(Weak::new());
+        let mut running = RUNNING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(weed) = running.upgrade() {
+            return Some(weed);
+        }
+        let weed = Arc::new(Self::start()?);
+        *running = Arc::downgrade(&weed);
+        Some(weed)
+    }
+
+    /// `None` (and a line that says why) if there is no binary; panics where nothing may be skipped, or
+    /// if the server does not start.
     pub fn start() -> Option<Self> {
         let binary = match find_binary() {
             Ok(binary) => binary,
-            Err(reason) if std::env::var_os("CI").is_some() => panic!("{reason}"),
             Err(reason) => {
-                eprintln!("SKIPPED: {reason}");
+                skip("a real S3 server", &reason);
                 return None;
             }
         };

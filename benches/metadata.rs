@@ -1,0 +1,446 @@
+//! What metadata costs through a real mount, beside the same tree on the native file system:
+//! `cargo bench --bench metadata -- [million|wide|ten-million]…` (default: the first two).
+//!
+//! Builds a tree as a registered bucket would give it (one object with an ETag per file; the objects
+//! themselves do not exist, since nothing reads a byte), publishes it in a `file://` catalog of its own,
+//! and mounts it with the real binary. Each figure called "first" is of a mount made just before; natively,
+//! of a directory whose cached inodes and names the kernel was told to drop (root only). The native files
+//! are empty. Ten million are not made natively: that would measure how long they take to make.
+
+use std::{
+    error::Error,
+    fs,
+    io::Write,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use grid_mount::{
+    catalog::{self, Draft, OriginLocation, TreePart, TreeParts},
+    origin::{Deadlines, Pin, StoreSettings, StoreUrl},
+    tree::{
+        Content, Object, Timestamp,
+        builder::{BuiltPart, BuiltTree, DEFAULT_MEMORY_LIMIT, TreeBuilder},
+    },
+};
+
+type Failure = Box<dyn Error>;
+
+/// Random paths that are asked for.
+const STATS: u64 = 100_000;
+/// How often `find` is repeated to see whether the agent grows.
+const REPEATS: usize = 5;
+
+struct Shape {
+    name: &'static str,
+    files: u64,
+    directories: u64,
+    native: bool,
+}
+
+const SHAPES: [Shape; 3] = [
+    Shape {
+        name: "million",
+        files: 1_000_000,
+        directories: 1_000,
+        native: true,
+    },
+    Shape {
+        name: "wide",
+        files: 50_000,
+        directories: 1,
+        native: true,
+    },
+    Shape {
+        name: "ten-million",
+        files: 10_000_000,
+        directories: 10_000,
+        native: false,
+    },
+];
+
+impl Shape {
+    fn directory(&self, number: u64) -> String {
+        format!("n{number:08}")
+    }
+
+    fn file(&self, index: u64) -> String {
+        let each = self.files / self.directories;
+        let directory = index / each;
+        format!(
+            "{}/n{directory:08}_{:06}.JPEG",
+            self.directory(directory),
+            index % each
+        )
+    }
+
+    /// A path chosen by `step`, the same in every run.
+    fn some_file(&self, step: u64) -> String {
+        let noise = blake3::hash(&step.to_le_bytes());
+        let random = noise
+            .as_bytes()
+            .first_chunk()
+            .map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        self.file(random % self.files)
+    }
+}
+
+fn main() -> Result<(), Failure> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if !arguments.iter().any(|argument| argument == "--bench") {
+        // `cargo test --all-targets` starts benchmarks too, to see that they start.
+        return Ok(());
+    }
+    let mut names: Vec<&str> = arguments
+        .iter()
+        .map(String::as_str)
+        .filter(|name| !name.starts_with("--"))
+        .collect();
+    if names.is_empty() {
+        names = vec!["million", "wide"];
+    }
+    for name in names {
+        let shape = SHAPES
+            .iter()
+            .find(|shape| shape.name == name)
+            .ok_or("no such shape")?;
+        measure(shape)?;
+    }
+    Ok(())
+}
+
+fn measure(shape: &Shape) -> Result<(), Failure> {
+    let world = World::new()?;
+    println!(
+        "{}: {} files in {} directories",
+        shape.name, shape.files, shape.directories
+    );
+    let built = build(shape, &world.below("scratch"))?;
+    println!(
+        "  tree             {:.1} MiB on the wire, {:.1} MiB mapped",
+        built.rows.wire_size as f64 / MIB,
+        built.rows.size as f64 / MIB
+    );
+    publish(built, &world)?;
+    fs::remove_dir_all(world.below("scratch"))?;
+
+    world.time_to_first_ls("without the tree in the cache")?;
+    world.unmount()?;
+    world.time_to_first_ls("with the tree in the cache")?;
+    world.unmount()?;
+
+    let native = shape.native.then(|| world.below("native"));
+    if let Some(native) = &native {
+        let start = Instant::now();
+        make_natively(shape, native)?;
+        println!(
+            "  native copy      made in {:.1} s",
+            start.elapsed().as_secs_f64()
+        );
+    }
+    println!(
+        "  {:<22} {:>10} {:>10} {:>10} {:>10} {:>7} {:>7} {:>10}",
+        "", "first", "second", "native 1st", "native 2nd", "1st/1st", "2nd/2nd", "asked 2nd"
+    );
+    let directory = shape.directory(0);
+    let newer = shape.file(0);
+    let listing: &[(&str, &[&str])] = &[
+        ("ls -U (a directory)", &["ls", "-U", &directory]),
+        ("ls -l (a directory)", &["ls", "-l", &directory]),
+        ("find", &["find", "."]),
+        ("find -ls", &["find", ".", "-ls"]),
+        ("find -newer", &["find", ".", "-newer", &newer]),
+    ];
+    for (name, command) in listing {
+        world.compare(name, native.as_deref(), |root| run(command, root))?;
+    }
+    let paths: Vec<String> = (0..STATS).map(|step| shape.some_file(step)).collect();
+    world.compare("stat of 100,000 paths", native.as_deref(), |root| {
+        for path in &paths {
+            fs::symlink_metadata(root.join(path))?;
+        }
+        Ok(())
+    })?;
+
+    world.mount()?;
+    let mut memory = vec![world.agent_memory()?];
+    for _ in 0..REPEATS {
+        run(&["find", ".", "-ls"], &world.below("mnt"))?;
+        memory.push(world.agent_memory()?);
+    }
+    println!(
+        "  agent, beside mapped pages: {} MiB when mounted, then after each `find -ls`: {} MiB",
+        memory[0],
+        list(&memory[1..])
+    );
+    Ok(())
+}
+
+const MIB: f64 = (1 << 20) as f64;
+
+fn list(figures: &[String]) -> String {
+    figures.join(", ")
+}
+
+fn build(shape: &Shape, dir: &Path) -> Result<BuiltTree, Failure> {
+    let mut builder = TreeBuilder::new(dir, DEFAULT_MEMORY_LIMIT)?;
+    for index in 0..shape.files {
+        let path = shape.file(index);
+        let noise = blake3::hash(&index.to_le_bytes());
+        let random = u64::from_le_bytes(*noise.as_bytes().first_chunk().ok_or("a short hash")?);
+        let size = 50_000 + random % 100_000;
+        let etag = format!("\"{}\"", noise.to_hex().get(..32).unwrap_or_default());
+        let object = Object {
+            key: path.clone(),
+            size,
+            pin: Pin::ETag(etag),
+            digest: None,
+        };
+        let object = builder.add_object(object, None)?;
+        let modified = Timestamp {
+            seconds: 1_700_000_000 + (random % 10_000_000) as i64,
+            nanos: (random >> 34) as u32 % 1_000_000_000,
+        };
+        builder.add_file(
+            path.as_bytes(),
+            0o644,
+            modified,
+            size,
+            Some(Content { object, offset: 0 }),
+            None,
+        )?;
+    }
+    Ok(builder.finish(dir)?)
+}
+
+/// As publishing ends: the tree, then the record.
+fn publish(built: BuiltTree, world: &World) -> Result<(), Failure> {
+    let url: StoreUrl = world.url("catalog").parse()?;
+    let runtime = tokio::runtime::Runtime::new()?;
+    runtime.block_on(async {
+        let catalog = catalog::open(&url, &StoreSettings::default(), &Deadlines::control())?;
+        let BuiltPart {
+            path,
+            digest,
+            size,
+            wire_size,
+        } = built.rows;
+        let key = format!("trees/{digest}.rows.zst");
+        catalog.store().put(&key, fs::read(path)?.into()).await?;
+        let draft = Draft {
+            name: serde_json::from_value("me:metadata".into())?,
+            tree: TreeParts {
+                rows: TreePart {
+                    digest,
+                    key,
+                    size,
+                    wire_size,
+                },
+                digests: None,
+                sums: None,
+            },
+            origin: OriginLocation::Url(world.url("origin").parse()?),
+            message: String::new(),
+            totals: built.totals,
+        };
+        catalog.publish(draft).await?;
+        Ok(())
+    })
+}
+
+fn make_natively(shape: &Shape, root: &Path) -> Result<(), Failure> {
+    fs::create_dir(root)?;
+    for directory in 0..shape.directories {
+        fs::create_dir(root.join(shape.directory(directory)))?;
+    }
+    for index in 0..shape.files {
+        fs::File::create(root.join(shape.file(index)))?;
+    }
+    // Later figures must not pay for writing this back.
+    if !Command::new("sync").arg("-f").arg(root).status()?.success() {
+        return Err("sync failed".into());
+    }
+    Ok(())
+}
+
+/// True when the kernel's cached inodes and names are gone; only root may ask for that.
+fn forget_natively() -> bool {
+    fs::OpenOptions::new()
+        .write(true)
+        .open("/proc/sys/vm/drop_caches")
+        .and_then(|mut file| file.write_all(b"2"))
+        .is_ok()
+}
+
+fn run(command: &[&str], root: &Path) -> Result<(), Failure> {
+    let [program, arguments @ ..] = command else {
+        return Err("no command".into());
+    };
+    // Into a file, as some programs do less when they write to /dev/null.
+    let status = Command::new(program)
+        .args(arguments)
+        .current_dir(root)
+        .env("LC_ALL", "C")
+        .stdout(Stdio::from(tempfile::tempfile()?))
+        .status()?;
+    if !status.success() {
+        return Err(format!("{command:?}: {status}").into());
+    }
+    Ok(())
+}
+
+fn timed(work: impl FnOnce() -> Result<(), Failure>) -> Result<Duration, Failure> {
+    let start = Instant::now();
+    work()?;
+    Ok(start.elapsed())
+}
+
+/// A home, a catalog, a cache and an agent of its own; gone when dropped.
+struct World {
+    dir: tempfile::TempDir,
+}
+
+impl World {
+    fn new() -> Result<Self, Failure> {
+        let dir = tempfile::Builder::new()
+            .prefix("grid-mount-metadata-")
+            .tempdir()?;
+        for name in ["run", "mnt", "scratch", "origin", "catalog"] {
+            fs::DirBuilder::new().mode(0o700).create(dir.path().join(name))?;
+        }
+        Ok(Self { dir })
+    }
+
+    fn below(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn url(&self, name: &str) -> String {
+        format!("file://{}", self.below(name).display())
+    }
+
+    fn grid(&self, arguments: &[&str]) -> Result<String, Failure> {
+        let output = Command::new(env!("CARGO_BIN_EXE_grid-mount"))
+            .args(arguments)
+            .env("XDG_RUNTIME_DIR", self.below("run"))
+            .env("XDG_CONFIG_HOME", self.below("config"))
+            .env("GRID_MOUNT_SOCKET", "")
+            .env("GRID_MOUNT_CATALOG", self.url("catalog"))
+            .env("GRID_MOUNT_CACHE_DIR", self.below("cache"))
+            .env("GRID_MOUNT_CACHE_SIZE", "8GiB")
+            .env("GRID_MOUNT_CACHE_MIN_FREE", "0")
+            .env("GRID_MOUNT_USER", "me")
+            .output()?;
+        if !output.status.success() {
+            return Err(format!(
+                "grid-mount {arguments:?}: {}",
+                String::from_utf8_lossy(&output.stderr)
+            )
+            .into());
+        }
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    fn mount(&self) -> Result<(), Failure> {
+        self.grid(&["metadata/1", &self.below("mnt").to_string_lossy()])
+            .map(drop)
+    }
+
+    fn unmount(&self) -> Result<(), Failure> {
+        self.grid(&["unmount", "--all"]).map(drop)
+    }
+
+    fn time_to_first_ls(&self, which: &str) -> Result<(), Failure> {
+        let mounted = timed(|| self.mount())?;
+        let listed = timed(|| run(&["ls"], &self.below("mnt")))?;
+        println!(
+            "  mount to first ls {:.3} s {which} (mount {:.3} s, ls {:.3} s)",
+            (mounted + listed).as_secs_f64(),
+            mounted.as_secs_f64(),
+            listed.as_secs_f64()
+        );
+        Ok(())
+    }
+
+    /// Requests that the kernel has sent to the agent, by operation.
+    fn asked(&self) -> Result<u64, Failure> {
+        let status: serde_json::Value = serde_json::from_str(&self.grid(&["status", "--json"])?)?;
+        let requests = status["mounts"][0]["requests"]
+            .as_object()
+            .ok_or("no requests in the status")?;
+        Ok(requests
+            .iter()
+            .filter(|(operation, _)| *operation != "statfs")
+            .filter_map(|(_, count)| count.as_u64())
+            .sum())
+    }
+
+    /// In MiB.
+    fn agent_memory(&self) -> Result<String, Failure> {
+        let status: serde_json::Value = serde_json::from_str(&self.grid(&["status", "--json"])?)?;
+        let pid = status["agent"]["pid"].as_i64().ok_or("no agent in the status")?;
+        let process = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let kib = process.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+        let kib: f64 = kib
+            .and_then(|rest| rest.split_whitespace().next())
+            .ok_or("no RssAnon")?
+            .parse()?;
+        Ok(format!("{:.1}", kib / 1024.0))
+    }
+
+    /// One line: on a new mount, again, and natively.
+    fn compare(
+        &self,
+        name: &str,
+        native: Option<&Path>,
+        work: impl Fn(&Path) -> Result<(), Failure>,
+    ) -> Result<(), Failure> {
+        let mount = self.below("mnt");
+        self.mount()?;
+        let first = timed(|| work(&mount))?;
+        let before = self.asked()?;
+        let second = timed(|| work(&mount))?;
+        let asked = self.asked()? - before;
+        self.unmount()?;
+        let mut line = format!(
+            "  {name:<22} {:>10} {:>10}",
+            milliseconds(first),
+            milliseconds(second)
+        );
+        match native {
+            None => line.push_str(&format!(" {:>10} {:>10} {:>7} {:>7}", "-", "-", "-", "-")),
+            Some(native) => {
+                let forgotten = forget_natively();
+                let native_first = timed(|| work(native))?;
+                let native_second = timed(|| work(native))?;
+                let (shown, ratio) = match forgotten {
+                    true => (
+                        milliseconds(native_first),
+                        format!("{:.2}", first.as_secs_f64() / native_first.as_secs_f64()),
+                    ),
+                    false => ("-".into(), "-".into()),
+                };
+                line.push_str(&format!(
+                    " {shown:>10} {:>10} {ratio:>7} {:>7.2}",
+                    milliseconds(native_second),
+                    second.as_secs_f64() / native_second.as_secs_f64()
+                ));
+            }
+        }
+        println!("{line} {asked:>10}");
+        Ok(())
+    }
+}
+
+fn milliseconds(time: Duration) -> String {
+    format!("{:.1} ms", time.as_secs_f64() * 1e3)
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // Also after a failure: nothing stays mounted. The agent ends with its last mount.
+        self.grid(&["unmount", "--all", "--lazy"]).ok();
+    }
+}

@@ -1,0 +1,272 @@
+//! Metadata through a real mount: what is asked once and never again, and what `du`, `df` and
+//! `getfattr` say. The entries themselves are compared with a native copy in `fuse_mount.rs`.
+
+#[path = "support/sandbox.rs"]
+mod sandbox;
+#[path = "support/kernel.rs"]
+mod support;
+
+use std::{
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use grid_mount::{
+    digest::Digest,
+    fuse::{self, IoModeWish, MountOptions, Mounted, Operation},
+};
+use support::{Published, REFERENCE, can_mount, is_root, me, noise};
+use tokio::runtime::Runtime;
+
+/// Dropped in this order: the mount goes before the directory it is on.
+struct Mount {
+    mounted: Mounted,
+    _runtime: Runtime,
+    dir: tempfile::TempDir,
+}
+
+const DIRECTORIES: u64 = 20;
+const FILES: u64 = 300;
+
+impl Mount {
+    /// [`DIRECTORIES`] directories of [`FILES`] files of 100 bytes, and `large`.
+    fn new(wish: IoModeWish) -> Option<Self> {
+        if !can_mount() || !is_root() {
+            return None;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (source, store, point) = (
+            dir.path().join("source"),
+            dir.path().join("store"),
+            dir.path().join("mnt"),
+        );
+        for dir in [&source, &store, &point] {
+            fs::create_dir(dir).unwrap();
+        }
+        for directory in 0..DIRECTORIES {
+            let inner = source.join(format!("d{directory:02}"));
+            fs::create_dir_all(inner.join("sub")).unwrap();
+            for file in 0..FILES {
+                fs::write(inner.join(format!("f{file:03}")), [7; 100]).unwrap();
+            }
+        }
+        fs::write(source.join("large"), noise(1, 3 << 20)).unwrap();
+        let published = Published::new(&source, &store);
+        let runtime = Runtime::new().unwrap();
+        let mut options = MountOptions::new(&point, REFERENCE, me());
+        options.io_mode = wish;
+        let mounted = fuse::mount(published.fs(me()), options, runtime.handle()).unwrap();
+        Some(Self {
+            mounted,
+            _runtime: runtime,
+            dir,
+        })
+    }
+
+    fn point(&self) -> PathBuf {
+        self.dir.path().join("mnt")
+    }
+
+    fn source(&self) -> PathBuf {
+        self.dir.path().join("source")
+    }
+
+    fn asked(&self, operation: Operation) -> u64 {
+        self.mounted.counters().get(operation)
+    }
+
+    fn asked_but_statfs(&self) -> u64 {
+        self.mounted.counters().total() - self.asked(Operation::StatFs)
+    }
+}
+
+fn run(program: &str, arguments: &[&str], dir: &Path) -> String {
+    let output: Output = Command::new(program)
+        .args(arguments)
+        .current_dir(dir)
+        .env("LC_ALL", "C")
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{program} {arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn a_first_find_asks_per_page_and_a_second_not_at_all() {
+    let Some(mount) = Mount::new(IoModeWish::NoOpen) else {
+        return;
+    };
+    let listed = run("find", &[".", "-ls"], &mount.point());
+    let entries = listed.lines().count() as u64;
+    assert_eq!(entries, 1 + DIRECTORIES * (FILES + 2) + 1);
+    // With attributes or without, a listing is answered by the page; no file is asked for by itself.
+    let asked = mount.asked_but_statfs();
+    assert!(asked < entries / 4, "{asked} requests for {entries} entries");
+    for command in [
+        &["find", ".", "-ls"][..],
+        &["find", "."],
+        &["ls", "-lR", "--color=never"],
+        &["du", "-s"],
+    ] {
+        // Whatever has not been asked yet (`ls` asks for access lists), is asked the first time.
+        run(command[0], &command[1..], &mount.point());
+        let (listing, attributes) = (
+            mount.asked(Operation::ReadDir) + mount.asked(Operation::ReadDirPlus),
+            mount.asked(Operation::Lookup) + mount.asked(Operation::GetAttr),
+        );
+        run(command[0], &command[1..], &mount.point());
+        assert_eq!(
+            mount.asked(Operation::ReadDir) + mount.asked(Operation::ReadDirPlus),
+            listing,
+            "{command:?}"
+        );
+        assert_eq!(
+            mount.asked(Operation::Lookup) + mount.asked(Operation::GetAttr),
+            attributes,
+            "{command:?}"
+        );
+    }
+    let before = mount.asked_but_statfs();
+    assert_eq!(run("find", &[".", "-ls"], &mount.point()), listed);
+    assert_eq!(mount.asked_but_statfs(), before);
+}
+
+#[test]
+fn directories_are_never_opened_by_the_agent() {
+    for wish in [IoModeWish::NoOpen, IoModeWish::Passthrough] {
+        let Some(mount) = Mount::new(wish) else { return };
+        run("find", &["."], &mount.point());
+        // One "not implemented" for the first directory; the others are not asked about.
+        assert_eq!(mount.asked(Operation::Declined), 1, "{wish:?}");
+        run("find", &["."], &mount.point());
+        assert_eq!(mount.asked(Operation::Declined), 1, "{wish:?}");
+        assert_eq!(
+            (mount.asked(Operation::Open), mount.asked(Operation::Release)),
+            (0, 0)
+        );
+    }
+}
+
+#[test]
+fn a_name_that_is_not_there_is_asked_for_once() {
+    let Some(mount) = Mount::new(IoModeWish::NoOpen) else {
+        return;
+    };
+    let absent: Vec<PathBuf> = (0..50)
+        .map(|n| mount.point().join(format!("d00/absent{n}")))
+        .collect();
+    let look = || absent.iter().for_each(|path| assert!(!path.exists()));
+    look();
+    let asked = mount.asked(Operation::Lookup);
+    assert!(asked >= 50, "{asked}");
+    for _ in 0..3 {
+        look();
+    }
+    assert_eq!(mount.asked(Operation::Lookup), asked);
+}
+
+#[test]
+fn link_counts_du_and_df_make_sense() {
+    let Some(mount) = Mount::new(IoModeWish::NoOpen) else {
+        return;
+    };
+    let links = |path: &str| fs::metadata(mount.point().join(path)).unwrap().nlink();
+    assert_eq!(
+        (links(""), links("d07"), links("d07/sub")),
+        (2 + DIRECTORIES, 3, 2)
+    );
+    assert_eq!((links("large"), links("d07/f001")), (1, 1));
+
+    // Apparent sizes without directories, whose own size is the file system's affair.
+    let bytes = (3 << 20) + DIRECTORIES * FILES * 100;
+    let sum = |root: &Path| -> u64 {
+        let sizes = run("find", &[".", "-type", "f", "-printf", "%s\n"], root);
+        sizes.lines().map(|size| size.parse::<u64>().unwrap()).sum()
+    };
+    assert_eq!(sum(&mount.point()), bytes);
+    assert_eq!(sum(&mount.source()), bytes);
+    let du = run("du", &["-s", "--block-size=1"], &mount.point());
+    let du: u64 = du.split_whitespace().next().unwrap().parse().unwrap();
+    let rounded = (3 << 20) + DIRECTORIES * FILES * 512 + (1 + 2 * DIRECTORIES) * 4096;
+    assert_eq!(du, rounded);
+
+    let df = run(
+        "df",
+        &[
+            "--output=size,used,avail,pcent,itotal,iused,source",
+            "--block-size=4096",
+            ".",
+        ],
+        &mount.point(),
+    );
+    let line: Vec<&str> = df.lines().nth(1).unwrap().split_whitespace().collect();
+    let blocks = bytes.div_ceil(4096).to_string();
+    let entries = (2 + DIRECTORIES * (FILES + 2)).to_string();
+    assert_eq!(line[..6], [&blocks, &blocks, "0", "100%", &entries, &entries]);
+}
+
+#[test]
+fn every_file_says_where_it_is_from() {
+    let Some(mount) = Mount::new(IoModeWish::NoOpen) else {
+        return;
+    };
+    let said = |path: &str| -> Vec<(String, String)> {
+        let path = mount.point().join(path);
+        let names = xattr_names(&path);
+        names
+            .iter()
+            .map(|name| (name.clone(), xattr(&path, name)))
+            .collect()
+    };
+    let value = |said: &[(String, String)], name: &str| {
+        said.iter()
+            .find(|(key, _)| key == name)
+            .map(|(_, value)| value.clone())
+    };
+    let large = said("large");
+    assert_eq!(value(&large, "user.grid.reference").as_deref(), Some(REFERENCE));
+    assert_eq!(value(&large, "user.grid.key").as_deref(), Some("object-1"));
+    assert_eq!(
+        value(&large, "user.grid.digest"),
+        Some(Digest::of(&1usize.to_le_bytes()).to_string())
+    );
+    assert_eq!(value(&large, "user.grid.cached").as_deref(), Some("100%"));
+    // In a bundle: its place, but no digest, which would be the bundle's.
+    let small = said("d03/f100");
+    assert_eq!(value(&small, "user.grid.key").as_deref(), Some("object-0"));
+    assert_eq!(value(&small, "user.grid.digest"), None);
+    assert_eq!(
+        said("d03"),
+        [("user.grid.reference".to_owned(), REFERENCE.to_owned())]
+    );
+}
+
+fn c_string(text: impl AsRef<std::ffi::OsStr>) -> std::ffi::CString {
+    use std::os::unix::ffi::OsStrExt;
+    std::ffi::CString::new(text.as_ref().as_bytes()).unwrap()
+}
+
+fn xattr_names(path: &Path) -> Vec<String> {
+    let (path, mut room) = (c_string(path), [0u8; 1024]);
+    // SAFETY: a NUL-terminated string and room of the length given, alive during the call.
+    let len = unsafe { libc::listxattr(path.as_ptr(), room.as_mut_ptr().cast(), room.len()) };
+    let names = &room[..usize::try_from(len).expect("listxattr")];
+    names
+        .split(|byte| *byte == 0)
+        .filter(|name| !name.is_empty())
+        .map(|name| String::from_utf8(name.to_vec()).unwrap())
+        .collect()
+}
+
+fn xattr(path: &Path, name: &str) -> String {
+    let (path, name, mut room) = (c_string(path), c_string(name), [0u8; 1024]);
+    // SAFETY: two NUL-terminated strings and room of the length given, alive during the call.
+    let len = unsafe { libc::getxattr(path.as_ptr(), name.as_ptr(), room.as_mut_ptr().cast(), room.len()) };
+    String::from_utf8(room[..usize::try_from(len).expect("getxattr")].to_vec()).unwrap()
+}
