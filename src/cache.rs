@@ -232,6 +232,8 @@ impl Cache {
         for sub in ["objects", "trees"] {
             disk::create_dir(&config.dir.join(sub)).map_err(context)?;
         }
+        // Before anybody can stage a tree, or it would be taken for a dead agent's.
+        recovery::remove_staged(&config.dir.join("trees"));
         let root = File::open(&config.dir).map_err(context)?;
         let shared = Arc::new_cyclic(|me| Shared {
             me: me.clone(),
@@ -340,7 +342,7 @@ impl Cache {
     }
 
     /// Where a tree part may be put together before it is adopted; what a dead agent left there goes
-    /// with the next scan.
+    /// when the cache is opened.
     pub fn tree_staging(&self, digest: &Digest) -> PathBuf {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);

@@ -142,10 +142,12 @@ fn directories_are_never_opened_by_the_agent() {
     for wish in [IoModeWish::NoOpen, IoModeWish::Passthrough] {
         let Some(mount) = Mount::new(wish) else { return };
         run("find", &["."], &mount.point());
-        // One "not implemented" for the first directory; the others are not asked about.
-        assert_eq!(mount.asked(Operation::Declined), 1, "{wish:?}");
+        // "Not implemented" for the first directory (and whatever else is asked once and never again);
+        // the others are not asked about.
+        let declined = mount.asked(Operation::Declined);
+        assert!((1..DIRECTORIES / 4).contains(&declined), "{wish:?}: {declined}");
         run("find", &["."], &mount.point());
-        assert_eq!(mount.asked(Operation::Declined), 1, "{wish:?}");
+        assert_eq!(mount.asked(Operation::Declined), declined, "{wish:?}");
         assert_eq!(
             (mount.asked(Operation::Open), mount.asked(Operation::Release)),
             (0, 0)

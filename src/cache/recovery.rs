@@ -77,6 +77,17 @@ pub fn set_aside(dir: &Path) -> io::Result<()> {
     disk::unlink(&dir.join("order"))
 }
 
+/// Removes what a dead agent was putting together: whole tree parts are named by their digest alone,
+/// everything else begins with a dot.
+pub fn remove_staged(trees: &Path) {
+    for name in names(trees).iter().filter(|name| name.starts_with('.')) {
+        // What stays takes space that nobody counts, and is tried again next time.
+        if let Err(error) = disk::unlink(&trees.join(name)) {
+            tracing::warn!(name, %error, "a half-finished tree could not be removed");
+        }
+    }
+}
+
 const MAGIC: &[u8; 8] = b"GMorder1";
 const ORDER_HEADER: usize = 28;
 const UNIT_LEN: usize = 36;

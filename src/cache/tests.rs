@@ -322,6 +322,25 @@ fn a_full_disk_degrades_to_misses() {
 }
 
 #[test]
+fn what_a_dead_agent_was_staging_goes_and_what_this_one_stages_stays() {
+    let dir = TempDir::new().unwrap();
+    let digest = Digest::of(b"tree");
+    let cache = open(&dir, 1 << 30, BOOT);
+    let staged = cache.tree_staging(&digest);
+    std::fs::write(&staged, b"half").unwrap();
+    let unpacking = staged.with_file_name(".unpack-x");
+    std::fs::write(&unpacking, b"half").unwrap();
+    drop(cache);
+    let cache = open(&dir, 1 << 30, BOOT);
+    assert!(!staged.exists() && !unpacking.exists());
+    let staged = cache.tree_staging(&digest);
+    std::fs::write(&staged, b"tree").unwrap();
+    assert!(cache.adopt_tree(&digest, &staged).is_ok());
+    drop(cache);
+    assert!(open(&dir, 1 << 30, BOOT).tree(&digest).is_some());
+}
+
+#[test]
 fn trees_are_adopted_counted_and_kept_while_held() {
     let dir = TempDir::new().unwrap();
     let cache = open(&dir, 1 << 30, BOOT);

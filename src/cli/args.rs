@@ -149,8 +149,8 @@ pub struct MountArgs {
     /// How the kernel reads; chosen by itself
     #[arg(long, value_enum, default_value_t = IoModeArg::Auto, hide_default_value = true)]
     pub io_mode: IoModeArg,
-    /// What to fetch before it is asked for: auto, none or all [env: GRID_MOUNT_PREFETCH]
-    #[arg(long, value_name = "WHAT", hide_short_help = true)]
+    /// What to fetch before it is asked for: auto, none or all
+    #[arg(long, value_name = "WHAT")]
     pub prefetch: Option<String>,
     #[command(flatten)]
     pub output: OutputArgs,
@@ -486,6 +486,13 @@ mod tests {
         for command in grammar.get_subcommands_mut() {
             let help = command.render_help().to_string();
             let name = command.get_name();
+            // Otherwise `--help` would print the long form, which no screen holds.
+            assert!(
+                command
+                    .get_arguments()
+                    .all(|arg| !arg.is_hide_short_help_set() && arg.get_long_help().is_none()),
+                "{name} has a long form"
+            );
             assert!(
                 help.lines().count() <= 45,
                 "{name}: {} lines:\n{help}",
