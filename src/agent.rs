@@ -6,6 +6,7 @@
 
 pub mod client;
 pub mod control;
+pub mod keeping;
 pub mod launch;
 pub mod mount_point;
 pub mod server;
@@ -26,6 +27,7 @@ use tokio::sync::watch;
 
 use self::{
     control::{AgentInfo, MountInfo, MountRequest, UnmountOutcome, UnmountRequest, UnmountTarget},
+    keeping::{Entry, Keeping},
     mount_point::{MountPoint, MountPointError},
     snapshot::{Resolved, Snapshot, SnapshotError},
 };
@@ -35,6 +37,8 @@ use crate::{
     fetch::{FetchError, Fetcher},
     fs::Owner,
     fuse::{self, Ended, MountError, MountOptions, Mounted, Operation},
+    keeper::Held,
+    origin::StoreSettings,
     reference::{ParseError, QualifiedName, Reference},
     tree::TreeError,
 };
@@ -45,6 +49,10 @@ pub use crate::{
 
 /// How long an unmounted session may take to end before the caller is told that it has not.
 const SESSION_END_DEADLINE: Duration = Duration::from_secs(20);
+/// Readers wait while a mount is resumed: its tree is in the cache, or has to come at once.
+const RESUME_DEADLINE: Duration = Duration::from_secs(15);
+/// Whoever started this agent waits while dead mounts are mounted again.
+const AGAIN_DEADLINE: Duration = Duration::from_secs(8);
 
 #[derive(Clone, Debug)]
 pub struct AgentConfig {
@@ -165,11 +173,12 @@ pub struct Agent {
     table: Mutex<Table>,
     /// Mounts, places held for mounts, and requests under way: an agent on demand ends at 0.
     count: watch::Sender<usize>,
+    keeping: Arc<Keeping>,
 }
 
 impl Agent {
     /// Opens the cache; must run within a tokio runtime.
-    pub fn new(config: AgentConfig) -> Result<Arc<Self>, AgentError> {
+    pub fn new(config: AgentConfig, keeping: Keeping) -> Result<Arc<Self>, AgentError> {
         let cache = Cache::open(config.cache.clone()).map_err(|source| AgentError::Cache {
             dir: config.cache.dir.clone(),
             source,
@@ -185,6 +194,7 @@ impl Agent {
             fetcher,
             table: Mutex::default(),
             count: watch::Sender::new(0),
+            keeping: Arc::new(keeping),
         }))
     }
 
@@ -271,37 +281,132 @@ impl Agent {
             gid: nix::unistd::getegid().as_raw(),
         };
         let reference = snapshot.resolved.reference();
+        let mut entry = self.keeping.begin(request, &point, &snapshot.resolved.record);
         let mut options = MountOptions::new(point.path(), reference.to_string(), owner);
         options.io_mode = request.io_mode;
-        let file_system = snapshot.file_system(&self.fetcher, owner, request.prefetch, &handle);
-        let mounted = fuse::mount(file_system, options, &handle).map_err(|source| AgentError::Mount {
+        options.open_table = entry.as_ref().and_then(Entry::open_table);
+        let mounted = fuse::mount(
+            snapshot.file_system(&self.fetcher, owner, request.prefetch, &handle),
+            options,
+            &handle,
+        )
+        .map_err(|source| AgentError::Mount {
             requested: request.reference.clone(),
             mount_point: point.path().to_owned(),
             source,
         })?;
-        let mounted = Arc::new(mounted);
-        let info = MountInfo {
-            reference,
-            requested: request.reference.clone(),
-            mount_point: point.path().to_owned(),
-            catalog: snapshot.resolved.catalog_url.clone(),
-            origin: snapshot.resolved.origin.url().clone(),
-            totals: snapshot.tree.totals(),
-            since: jiff::Timestamp::now(),
-            io_mode: mounted.io_mode().mode.to_string(),
-            io_mode_reason: mounted.io_mode().reason.clone(),
-            requests: BTreeMap::new(),
-            already_mounted: false,
-        };
-        tracing::info!(reference = %info.reference, mount_point = %point.path().display(), "mounted");
-        let mount = Arc::new(Mount {
-            info,
-            mounted,
-            _snapshot: snapshot,
-        });
+        if let Some(entry) = &mut entry {
+            entry.made(&mounted, &request.store_settings);
+        }
+        tracing::info!(%reference, mount_point = %point.path().display(), "mounted");
+        let since = entry
+            .as_ref()
+            .map_or_else(jiff::Timestamp::now, |entry| entry.remembered.since);
+        let mount = Mount::new(request, since, mounted, snapshot);
         let info = mount.current_info();
-        reserved.serve(mount, point, &handle);
+        reserved.serve(mount, point, entry, &handle);
         Ok(info)
+    }
+
+    /// Goes on with the mounts of agents before this one: with those whose descriptor is `held` as if
+    /// nothing had happened; those that are dead are cleared and mounted again at the same path, with
+    /// `settings` for the stores. Must be called before anything else is mounted.
+    pub async fn resume(self: &Arc<Self>, held: Vec<Held>, settings: &StoreSettings) {
+        let mut held: BTreeMap<String, Held> =
+            held.into_iter().map(|held| (held.name.clone(), held)).collect();
+        let mut lost = Vec::new();
+        for entry in self.keeping.entries() {
+            match held.remove(&entry.name()) {
+                Some(held) if entry.remembered.state.is_some() => {
+                    let (name, point) = (entry.name(), entry.remembered.mount_point.clone());
+                    let remembered = entry.remembered.clone();
+                    let settings = serde_json::from_str(&held.memo).unwrap_or_default();
+                    if let Err(error) = self.resume_one(entry, held, settings).await {
+                        let error = in_one_line(&*error);
+                        tracing::error!(mount_point = %point.display(), error, "not resumed");
+                        self.keeping.release(&name);
+                        lost.extend(self.keeping.remembered(&name, remembered));
+                    }
+                }
+                _ => lost.push(entry),
+            }
+        }
+        for name in held.into_keys() {
+            self.keeping.release(&name);
+        }
+        // The readers go on; the rest may take its time.
+        self.keeping.serving();
+        for entry in lost {
+            self.mount_again(entry, settings).await;
+        }
+    }
+
+    async fn resume_one(
+        self: &Arc<Self>,
+        entry: Entry,
+        held: Held,
+        settings: StoreSettings,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let remembered = &entry.remembered;
+        let state = remembered.state.clone().ok_or("it was never made")?;
+        let mut request = remembered.request.clone();
+        request.store_settings = settings;
+        let resolved = Resolved::again(
+            remembered.record.clone(),
+            &request.catalog,
+            &request.store_settings,
+        )?;
+        let snapshot = tokio::time::timeout(RESUME_DEADLINE, resolved.fetch_tree(&self.cache)).await??;
+        let snapshot = Arc::new(snapshot);
+        let agent = Arc::clone(self);
+        let handle = tokio::runtime::Handle::current();
+        let resuming = move || {
+            let remembered = &entry.remembered;
+            let point = MountPoint::inherited(remembered.mount_point.clone(), remembered.created.clone());
+            let known = (state.handshake.clone(), state.device, state.way);
+            let fs = snapshot.file_system(&agent.fetcher, state.owner, request.prefetch, &handle);
+            let mounted = match fuse::resume(fs, state.options(), held.descriptor, known, &handle) {
+                Ok(mounted) => mounted,
+                Err(error) => {
+                    // Whoever mounts it again will know what was made for it.
+                    point.leave();
+                    return Err(error);
+                }
+            };
+            let since = remembered.since;
+            let mount = Mount::new(&request, since, mounted, snapshot);
+            tracing::info!(reference = %mount.info.reference, mount_point = %point.path().display(), "resumed");
+            let reserved = Reserved {
+                agent,
+                key: point.path().to_owned(),
+            };
+            reserved.serve(mount, point, Some(entry), &handle);
+            Ok(())
+        };
+        tokio::task::spawn_blocking(resuming).await??;
+        Ok(())
+    }
+
+    /// Clears a mount that nobody serves, and mounts the same version again.
+    async fn mount_again(self: &Arc<Self>, entry: Entry, settings: &StoreSettings) {
+        let remembered = entry.remembered.clone();
+        let was_dead = tokio::task::spawn_blocking(move || entry.clear()).await;
+        if !was_dead.unwrap_or(false) {
+            return;
+        }
+        let mut request = remembered.request;
+        request.reference = remembered.record.reference().to_string();
+        request.mount_point = remembered.mount_point;
+        request.store_settings = settings.clone();
+        let shown = request.mount_point.display().to_string();
+        match tokio::time::timeout(AGAIN_DEADLINE, self.mount(request)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => {
+                let error = in_one_line(&error);
+                tracing::warn!(mount_point = shown, error, "not mounted again");
+            }
+            Err(_) => tracing::warn!(mount_point = shown, "not mounted again: it took too long"),
+        }
     }
 
     fn recount(&self, table: &Table) {
@@ -493,6 +598,33 @@ impl Agent {
 }
 
 impl Mount {
+    fn new(
+        request: &MountRequest,
+        since: jiff::Timestamp,
+        mounted: Mounted,
+        snapshot: Arc<Snapshot>,
+    ) -> Arc<Self> {
+        let resolved = &snapshot.resolved;
+        let info = MountInfo {
+            reference: resolved.reference(),
+            requested: request.reference.clone(),
+            mount_point: mounted.mount_point().to_owned(),
+            catalog: resolved.catalog_url.clone(),
+            origin: resolved.origin.url().clone(),
+            totals: snapshot.tree.totals(),
+            since,
+            io_mode: mounted.io_mode().mode.to_string(),
+            io_mode_reason: mounted.io_mode().reason.clone(),
+            requests: BTreeMap::new(),
+            already_mounted: false,
+        };
+        Arc::new(Self {
+            info,
+            mounted: Arc::new(mounted),
+            _snapshot: snapshot,
+        })
+    }
+
     fn current_info(&self) -> MountInfo {
         let counters = self.mounted.counters();
         let requests = Operation::ALL
@@ -544,13 +676,19 @@ struct Reserved {
 
 impl Reserved {
     /// Enters the mount into the table, and takes it out when its session ends, however it ends.
-    fn serve(self, mount: Arc<Mount>, point: MountPoint, runtime: &tokio::runtime::Handle) {
+    fn serve(
+        self,
+        mount: Arc<Mount>,
+        point: MountPoint,
+        entry: Option<Entry>,
+        runtime: &tokio::runtime::Handle,
+    ) {
         let served = Arc::clone(&mount.mounted);
-        self.agent
-            .table
-            .lock()
-            .slots
-            .insert(self.key.clone(), Slot::Serving(mount));
+        {
+            let mut table = self.agent.table.lock();
+            table.slots.insert(self.key.clone(), Slot::Serving(mount));
+            self.agent.recount(&table);
+        }
         runtime.spawn(async move {
             let shown = point.path().display();
             match served.wait().await {
@@ -558,6 +696,8 @@ impl Reserved {
                 _ => tracing::info!(mount_point = %shown, "unmounted"),
             }
             drop(point);
+            // Asks the keeper, which takes a moment.
+            let _ = tokio::task::spawn_blocking(move || drop(entry)).await;
             drop(self);
         });
     }

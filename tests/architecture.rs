@@ -20,6 +20,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("fs", &["tree", "fetch", "cache"]),
     ("fuse", &["fs", "tree"]),
     ("handover", &["fs", "fuse", "tree"]),
+    ("keeper", &[]),
     (
         "agent",
         &[
@@ -32,11 +33,20 @@ const ARROWS: &[(&str, &[&str])] = &[
             "fs",
             "fuse",
             "handover",
+            "keeper",
         ],
     ),
     (
         "cli",
-        &["agent", "catalog", "config", "publish", "reference", "origin"],
+        &[
+            "agent",
+            "catalog",
+            "config",
+            "keeper",
+            "publish",
+            "reference",
+            "origin",
+        ],
     ),
 ];
 

@@ -95,33 +95,104 @@ impl RuntimeDir {
     }
 }
 
+/// A file that one process at a time has locked; it goes when the lock does.
+#[derive(Debug)]
+struct LockFile {
+    path: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl LockFile {
+    /// `None` when another process holds it.
+    fn acquire(path: PathBuf) -> Result<Option<Self>, LaunchError> {
+        loop {
+            let open = |source| LaunchError::Open {
+                path: path.clone(),
+                source,
+            };
+            let file = OpenOptions::new()
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .mode(0o600)
+                .open(&path)
+                .map_err(open)?;
+            let Ok(lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else {
+                return Ok(None);
+            };
+            // Whoever held it last may have removed the file that was opened here.
+            let ours = lock.metadata().map_err(open)?;
+            match fs::symlink_metadata(&path) {
+                Ok(there) if (there.dev(), there.ino()) == (ours.dev(), ours.ino()) => {
+                    return Ok(Some(Self { path, _lock: lock }));
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+impl Drop for LockFile {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(path = %self.path.display(), %error, "a lock file stays behind");
+        }
+    }
+}
+
+/// Held for as long as anybody may come back to serve a socket: by its keeper, or by an agent without one.
+#[derive(Debug)]
+pub struct KeeperLock {
+    _file: LockFile,
+}
+
+impl KeeperLock {
+    /// # Errors
+    /// `AlreadyRunning` when another one holds it.
+    pub fn acquire(socket: &Path) -> Result<Self, LaunchError> {
+        match LockFile::acquire(socket.with_extension("keeper"))? {
+            Some(file) => Ok(Self { _file: file }),
+            None => Err(LaunchError::AlreadyRunning {
+                socket: socket.to_owned(),
+            }),
+        }
+    }
+}
+
 /// Held by the one agent that serves a socket; the socket exists only while this does.
 #[derive(Debug)]
 pub struct SocketLock {
     socket: PathBuf,
-    _lock: Flock<File>,
+    _lock: LockFile,
+    _alone: Option<KeeperLock>,
 }
 
 impl SocketLock {
+    /// For an agent without a keeper.
+    ///
     /// # Errors
-    /// `AlreadyRunning` when another agent holds it.
+    /// `AlreadyRunning` when another one holds it.
     pub fn acquire(socket: &Path) -> Result<Self, LaunchError> {
-        let path = socket.with_extension("lock");
-        let file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .mode(0o600)
-            .open(&path)
-            .map_err(|source| LaunchError::Open { path, source })?;
-        let lock =
-            Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| LaunchError::AlreadyRunning {
+        let alone = KeeperLock::acquire(socket)?;
+        let mut lock = Self::acquire_kept(socket)?;
+        lock._alone = Some(alone);
+        Ok(lock)
+    }
+
+    /// For an agent whose keeper holds the other lock, and for that keeper when there is no agent.
+    pub fn acquire_kept(socket: &Path) -> Result<Self, LaunchError> {
+        match LockFile::acquire(socket.with_extension("lock"))? {
+            Some(lock) => Ok(Self {
                 socket: socket.to_owned(),
-            })?;
-        Ok(Self {
-            socket: socket.to_owned(),
-            _lock: lock,
-        })
+                _lock: lock,
+                _alone: None,
+            }),
+            None => Err(LaunchError::AlreadyRunning {
+                socket: socket.to_owned(),
+            }),
+        }
     }
 
     /// Binds the socket, in place of one that a dead agent left behind.
@@ -191,7 +262,8 @@ impl Readiness {
     }
 }
 
-/// Starts this program as the user's agent, detached from the terminal, and waits until it answers.
+/// Starts this program as the user's agent, under a keeper and detached from the terminal, and waits until
+/// it answers.
 ///
 /// `arguments` are those of the `agent` subcommand; the agent ends with its last mount.
 pub fn start(runtime: &RuntimeDir, program: &Path, arguments: &[String]) -> Result<(), LaunchError> {
@@ -216,6 +288,7 @@ pub fn start(runtime: &RuntimeDir, program: &Path, arguments: &[String]) -> Resu
     let mut command = Command::new(program);
     command
         .arg("agent")
+        .arg("--keep")
         .arg("--on-demand")
         .arg("--socket")
         .arg(runtime.socket())
@@ -240,7 +313,13 @@ pub fn start(runtime: &RuntimeDir, program: &Path, arguments: &[String]) -> Resu
         Some(said) => said,
         None => {
             // It is ours, it never became ready, and nobody else knows of it.
-            let _ = child.kill();
+            // The group that setsid made: the keeper and its agent.
+            if let Ok(group) = i32::try_from(child.id()) {
+                let _ = nix::sys::signal::killpg(
+                    nix::unistd::Pid::from_raw(group),
+                    nix::sys::signal::Signal::SIGKILL,
+                );
+            }
             let _ = child.wait();
             return Err(LaunchError::NotReady {
                 after: START_DEADLINE,
@@ -296,8 +375,9 @@ mod tests {
         ));
         assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
         drop(listener);
+        assert!(KeeperLock::acquire(&socket).is_err());
         drop(lock);
-        assert!(!socket.exists());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
         SocketLock::acquire(&socket).unwrap();
     }
 

@@ -63,6 +63,21 @@ impl MountPoint {
         }
     }
 
+    /// One that another agent prepared.
+    pub fn inherited(path: PathBuf, created: Vec<PathBuf>) -> Self {
+        Self { path, created }
+    }
+
+    /// What was made for it, outermost first.
+    pub fn created(&self) -> &[PathBuf] {
+        &self.created
+    }
+
+    /// Leaves to another agent what was made for it.
+    pub fn leave(mut self) {
+        self.created.clear();
+    }
+
     fn create(path: &Path) -> Result<Self, MountPointError> {
         let mut missing: Vec<&Path> = path
             .ancestors()

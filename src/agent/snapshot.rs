@@ -83,6 +83,25 @@ impl Resolved {
     ) -> Result<Self, SnapshotError> {
         let catalog = catalog::open(catalog_url, settings, &Deadlines::control())?;
         let record = catalog.resolve(reference, user).await?;
+        Self::with(record, catalog, catalog_url, settings)
+    }
+
+    /// As it was resolved before: asks nobody.
+    pub fn again(
+        record: Record,
+        catalog_url: &StoreUrl,
+        settings: &StoreSettings,
+    ) -> Result<Self, SnapshotError> {
+        let catalog = catalog::open(catalog_url, settings, &Deadlines::control())?;
+        Self::with(record, catalog, catalog_url, settings)
+    }
+
+    fn with(
+        record: Record,
+        catalog: Arc<dyn Catalog>,
+        catalog_url: &StoreUrl,
+        settings: &StoreSettings,
+    ) -> Result<Self, SnapshotError> {
         let url = match &record.origin {
             OriginLocation::Catalog => catalog.store().url().clone(),
             OriginLocation::Url(url) => url.clone(),

@@ -1,6 +1,6 @@
 //! `grid-mount agent`, and `--foreground`: this process serves.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{ffi::OsString, os::fd::AsFd, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -10,12 +10,16 @@ use super::{
     config::{self, Overrides},
     mount, output,
 };
-use crate::agent::{
-    Agent,
-    launch::{LaunchError, Readiness, SocketLock},
-    server,
-};
 use crate::causes::in_one_line;
+use crate::{
+    agent::{
+        Agent,
+        keeping::{self, Keeping},
+        launch::{KeeperLock, LaunchError, Readiness, SocketLock},
+        server,
+    },
+    keeper::{self, End, Limits, Link, Plan},
+};
 
 /// An agent that was started for a mount which then was refused goes again after this.
 const FIRST_MOUNT_PATIENCE: Duration = Duration::from_secs(5);
@@ -23,6 +27,9 @@ const FIRST_MOUNT_PATIENCE: Duration = Duration::from_secs(5);
 const LINGER: Duration = Duration::from_millis(50);
 
 pub fn agent(args: AgentArgs) -> Result<(), CliError> {
+    if args.keep {
+        return keep(&args);
+    }
     // SAFETY: the descriptor was inherited for this purpose from `launch::start`, which names it in this
     // hidden flag; nothing else in this process knows of it.
     let mut readiness = match args.ready_fd {
@@ -39,12 +46,83 @@ pub fn agent(args: AgentArgs) -> Result<(), CliError> {
     result
 }
 
+/// The agent's parent. It has one thread, and opens nothing but its log, its lock and what it keeps.
+fn keep(args: &AgentArgs) -> Result<(), CliError> {
+    start_logging();
+    // SAFETY: as in `agent`. Whoever waits hears the first agent, which has inherited the descriptor; this
+    // one is closed once that runs.
+    let mut readiness = match args.ready_fd {
+        Some(fd) => unsafe { Readiness::from_raw(fd) },
+        None => Readiness::none(),
+    };
+    let prepared = (|| {
+        let settings = config::load(&Overrides::of(&Default::default(), &args.agent))?;
+        let socket = own_socket(&args.socket)?;
+        let program = std::env::current_exe().map_err(CliError::failed)?;
+        Ok((settings, socket, program))
+    })();
+    let (settings, socket, program) =
+        prepared.inspect_err(|error: &CliError| readiness.failed(&error.to_string()))?;
+    let lock = match KeeperLock::acquire(&socket) {
+        Ok(lock) => lock,
+        Err(LaunchError::AlreadyRunning { .. }) => {
+            readiness.already_running();
+            return Ok(());
+        }
+        Err(error) => {
+            readiness.failed(&crate::causes::in_one_line(&error));
+            return Err(CliError::failed(error));
+        }
+    };
+    let mut arguments: Vec<OsString> = ["agent", "--on-demand", "--kept", "--socket"]
+        .map(Into::into)
+        .into();
+    arguments.push(socket.clone().into());
+    arguments.extend(config::agent_arguments(&settings).into_iter().map(Into::into));
+    let ready = args.ready_fd.map(|fd| format!("--ready-fd={fd}").into());
+    let plan = Plan {
+        program,
+        arguments,
+        first: ready.into_iter().collect(),
+        limits: Limits::default(),
+    };
+    let end = keeper::keep(&plan, || drop(readiness)).map_err(CliError::failed)?;
+    if !matches!(end, End::Ended { well: true }) {
+        tracing::warn!(?end, "no agent any more: clearing what it left");
+        // Every descriptor is closed, so what was mounted is dead.
+        if let Ok(agents) = SocketLock::acquire_kept(&socket) {
+            keeping::clear(&socket);
+            drop(agents);
+        }
+    }
+    drop(lock);
+    match end {
+        End::Ended { well: true } | End::Stopped => Ok(()),
+        End::Ended { well: false } | End::GaveUp { .. } => Err(CliError::Told),
+    }
+}
+
 fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliError> {
     start_logging();
     let settings = config::load(&Overrides::of(&Default::default(), &args.agent))?;
     let socket = own_socket(&args.socket)?;
-    let lock = match SocketLock::acquire(&socket) {
-        Err(LaunchError::AlreadyRunning { .. }) if args.on_demand => {
+    let (link, held) = match args.kept {
+        false => (None, Vec::new()),
+        true => {
+            let socket = std::io::stdin()
+                .as_fd()
+                .try_clone_to_owned()
+                .map_err(CliError::failed)?;
+            let (link, held) = Link::new(socket).map_err(CliError::failed)?;
+            (Some(link), held)
+        }
+    };
+    let lock = match args.kept {
+        true => SocketLock::acquire_kept(&socket),
+        false => SocketLock::acquire(&socket),
+    };
+    let lock = match lock {
+        Err(LaunchError::AlreadyRunning { .. }) if args.on_demand && held.is_empty() => {
             readiness.already_running();
             return Ok(());
         }
@@ -52,8 +130,15 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
     };
     let runtime = runtime()?;
     let result = runtime.block_on(async {
-        let agent = Agent::new(config::agent_config(&settings)?).map_err(CliError::failed)?;
-        serve(&agent, &lock, args.on_demand, || readiness.ready()).await
+        let keeping = Keeping::beside(&socket, link);
+        let agent = Agent::new(config::agent_config(&settings)?, keeping).map_err(CliError::failed)?;
+        // Before anything is resumed: a failure from then on would end what lives.
+        let listener = lock.bind().map_err(CliError::failed)?;
+        // Only for what has to be mounted again: no reason not to start.
+        agent
+            .resume(held, &config::store_settings().unwrap_or_default())
+            .await;
+        serve(&agent, listener, args.on_demand, || readiness.ready()).await
     });
     runtime.shutdown_timeout(Duration::from_secs(5));
     drop(lock);
@@ -78,9 +163,12 @@ pub fn foreground(args: MountArgs) -> Result<(), CliError> {
     })?;
     let runtime = runtime()?;
     let result = runtime.block_on(async {
-        let agent = Agent::new(config::agent_config(&settings)?).map_err(CliError::failed)?;
+        let keeping = Keeping::beside(&socket, None);
+        let agent = Agent::new(config::agent_config(&settings)?, keeping).map_err(CliError::failed)?;
+        let listener = lock.bind().map_err(CliError::failed)?;
+        agent.resume(Vec::new(), &request.store_settings).await;
         let info = agent.mount(request).await.map_err(CliError::failed)?;
-        let serving = serve(&agent, &lock, true, || mount::show(&args, &info));
+        let serving = serve(&agent, listener, true, || mount::show(&args, &info));
         serving.await
     });
     runtime.shutdown_timeout(Duration::from_secs(5));
@@ -91,11 +179,10 @@ pub fn foreground(args: MountArgs) -> Result<(), CliError> {
 /// Serves the socket until a signal comes or, on demand, the last mount has gone; then unmounts everything.
 async fn serve(
     agent: &Arc<Agent>,
-    lock: &SocketLock,
+    listener: std::os::unix::net::UnixListener,
     on_demand: bool,
     ready: impl FnOnce(),
 ) -> Result<(), CliError> {
-    let listener = lock.bind().map_err(CliError::failed)?;
     let listener = tokio::net::UnixListener::from_std(listener).map_err(CliError::failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(CliError::failed)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(CliError::failed)?;

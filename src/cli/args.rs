@@ -431,6 +431,12 @@ pub struct AgentArgs {
     /// A descriptor that is told when the agent is ready
     #[arg(long, hide = true)]
     pub ready_fd: Option<i32>,
+    /// Start an agent, and again when it dies; needs --on-demand
+    #[arg(long, hide = true)]
+    pub keep: bool,
+    /// Standard input is the keeper's socket
+    #[arg(long, hide = true, conflicts_with = "keep")]
+    pub kept: bool,
     #[command(flatten)]
     pub socket: SocketArgs,
     #[command(flatten)]

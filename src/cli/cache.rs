@@ -69,7 +69,9 @@ impl Holder {
             Some(client) => Ok(Self::Agent(client)),
             None => {
                 let config = config::agent_config(settings)?;
-                Ok(Self::Here(Agent::new(config).map_err(CliError::failed)?))
+                Ok(Self::Here(
+                    Agent::new(config, Default::default()).map_err(CliError::failed)?,
+                ))
             }
         }
     }

@@ -157,6 +157,13 @@ impl Sandbox {
     }
 }
 
+/// The parent of a process: of an agent started on demand, its keeper.
+pub fn parent(pid: i32) -> Option<i32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("PPid:"))?;
+    line.trim().parse().ok()
+}
+
 pub fn mounts_below(dir: &Path) -> Vec<PathBuf> {
     let table = fs::read_to_string("/proc/self/mounts").unwrap();
     table
@@ -194,7 +201,10 @@ impl Drop for Sandbox {
             let _ = nix::mount::umount2(&mount, nix::mount::MntFlags::MNT_DETACH);
         }
         if let Some(pid) = agent {
-            // It ends by itself with its last mount; one that does not must not outlive the test.
+            // It ends by itself with its last mount; one that does not must not outlive the test, nor its
+            // keeper, which was started by the same program.
+            let program = |pid: i32| fs::read_link(format!("/proc/{pid}/exe")).ok();
+            let keeper = parent(pid as i32).filter(|keeper| program(*keeper) == program(pid as i32));
             let pid = nix::unistd::Pid::from_raw(pid as i32);
             for _ in 0..100 {
                 if nix::sys::signal::kill(pid, None).is_err() {
@@ -202,7 +212,9 @@ impl Drop for Sandbox {
                 }
                 std::thread::sleep(std::time::Duration::from_millis(50));
             }
-            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            for pid in keeper.map(nix::unistd::Pid::from_raw).into_iter().chain([pid]) {
+                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            }
         }
     }
 }
