@@ -10,7 +10,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -85,6 +85,7 @@ struct State {
     shape: Mutex<Shape>,
     counts: Counts,
     next: AtomicU64,
+    closed: AtomicBool,
     /// The offsets of ranged GETs, in order.
     ranges: Mutex<Vec<(String, u64, u64)>>,
     /// (key, size) of every object that came to be, in order; one that is overwritten, again.
@@ -100,6 +101,8 @@ pub struct S3Origin {
 
 impl Drop for S3Origin {
     fn drop(&mut self) {
+        // An abort comes when it comes; whoever asks after this line finds nobody.
+        self.state.closed.store(true, Relaxed);
         self.accept.abort();
     }
 }
@@ -285,6 +288,9 @@ async fn read_request(stream: &mut BufReader<TcpStream>) -> std::io::Result<Opti
 async fn serve(state: Arc<State>, stream: TcpStream) {
     let mut stream = BufReader::new(stream);
     while let Ok(Some(request)) = read_request(&mut stream).await {
+        if state.closed.load(Relaxed) {
+            return;
+        }
         let kept = match (request.method.as_str(), request.query.contains_key("list-type")) {
             ("GET", true) => list(&state, &mut stream, &request).await,
             ("GET", false) => get(&state, &mut stream, &request).await,
