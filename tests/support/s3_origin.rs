@@ -19,6 +19,7 @@ use bytes::Bytes;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::{TcpListener, TcpStream},
+    sync::watch,
 };
 
 /// What becomes of one GET of an object.
@@ -86,6 +87,8 @@ struct State {
     counts: Counts,
     next: AtomicU64,
     closed: AtomicBool,
+    /// Bytes of an object from here on wait.
+    withheld: watch::Sender<Option<u64>>,
     /// The offsets of ranged GETs, in order.
     ranges: Mutex<Vec<(String, u64, u64)>>,
     /// (key, size) of every object that came to be, in order; one that is overwritten, again.
@@ -108,6 +111,11 @@ impl Drop for S3Origin {
 }
 
 impl S3Origin {
+    /// What lies at this offset of any object and after it comes only once this is lifted.
+    pub fn withhold(&self, from: Option<u64>) {
+        self.state.withheld.send_replace(from);
+    }
+
     pub async fn start(shape: Shape) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
@@ -424,6 +432,10 @@ async fn get(state: &State, stream: &mut BufReader<TcpStream>, request: &Request
     let began = tokio::time::Instant::now();
     let mut done = 0;
     for piece in sent.chunks(256 << 10) {
+        let end = start as u64 + done + piece.len() as u64;
+        let mut withheld = state.withheld.subscribe();
+        let free = withheld.wait_for(|from| from.is_none_or(|from| end <= from));
+        free.await.map_err(|_| closed())?;
         stream.write_all(piece).await?;
         done += piece.len() as u64;
         state.counts.body_bytes.fetch_add(piece.len() as u64, Relaxed);
