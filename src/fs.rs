@@ -113,6 +113,8 @@ pub enum FsError {
     NameTooLong(usize),
     #[error("no such extended attribute")]
     NoSuchAttribute,
+    #[error("extended attributes of this kind do not exist here")]
+    UnsupportedAttribute,
     #[error("the tree of this version is damaged")]
     Tree(#[source] TreeError),
     #[error("reading {path}")]

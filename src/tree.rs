@@ -7,6 +7,7 @@
 
 mod digests;
 mod format;
+mod mapped;
 mod sums;
 mod unpack;
 
@@ -23,6 +24,7 @@ use zerocopy::FromBytes;
 
 use crate::{digest::Digest, pin::Pin};
 use format::{Layout, ObjectRow, Row};
+use mapped::RemovedOnFailure;
 
 pub use digests::Digests;
 pub use sums::SumFrame;
@@ -120,7 +122,8 @@ impl Backing {
         // sealed before it is opened: `unpack` writes it under another name, makes it read-only and
         // renames it, nothing in this project opens it for writing again, and dropping it is an unlink,
         // which leaves the mapped pages alone. It lies in a directory that only the agent may enter.
-        // Should the disk fail under it, the kernel raises SIGBUS, which is not undefined behaviour.
+        // Should the disk fail under it, the kernel raises SIGBUS, which is not undefined behaviour; see
+        // `mapped` for what comes of it.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
         Ok(Self::Map(map))
     }
@@ -135,6 +138,8 @@ impl Backing {
 
 /// An open tree. Cheap to share between threads; nothing in it changes.
 pub struct Tree {
+    // Dropped in this order: nothing else may be mapped at these addresses before it is.
+    _guard: Option<RemovedOnFailure>,
     part: Backing,
     layout: Layout,
 }
@@ -149,17 +154,33 @@ impl Tree {
 
     /// Maps a rows file. Checks the header and section bounds only; each accessor checks its own row.
     pub fn open(rows: &Path) -> Result<Self, TreeError> {
-        Self::new(Backing::map(rows)?)
+        Self::new(Backing::map(rows)?, None)
+    }
+
+    /// As [`Tree::open`], of a file that can be had again: should the disk fail under it, the process
+    /// dies, as it would otherwise, but the file is removed before, so that the next process does not die
+    /// of it as well.
+    pub fn open_replaceable(rows: &Path) -> Result<Self, TreeError> {
+        let part = Backing::map(rows)?;
+        let guard = RemovedOnFailure::new(part.bytes(), rows).map_err(|source| TreeError::Io {
+            path: rows.to_owned(),
+            source,
+        })?;
+        Self::new(part, Some(guard))
     }
 
     /// A tree in memory.
     pub fn from_bytes(rows: Vec<u8>) -> Result<Self, TreeError> {
-        Self::new(Backing::Bytes(rows))
+        Self::new(Backing::Bytes(rows), None)
     }
 
-    fn new(part: Backing) -> Result<Self, TreeError> {
+    fn new(part: Backing, guard: Option<RemovedOnFailure>) -> Result<Self, TreeError> {
         let layout = Layout::read(part.bytes())?;
-        let tree = Self { part, layout };
+        let tree = Self {
+            _guard: guard,
+            part,
+            layout,
+        };
         match tree.entry(Self::ROOT)?.kind {
             EntryKind::Directory { .. } => Ok(tree),
             _ => Err(TreeError::Row {

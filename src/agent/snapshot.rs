@@ -128,7 +128,7 @@ impl Resolved {
     pub async fn fetch_tree(self, cache: &Arc<Cache>) -> Result<Snapshot, SnapshotError> {
         let part = &self.record.tree.rows;
         if let Some(handle) = cache.tree(&part.digest) {
-            match Tree::open(handle.path()) {
+            match Tree::open_replaceable(handle.path()) {
                 Ok(tree) => {
                     return Ok(Snapshot {
                         resolved: self,
@@ -147,7 +147,7 @@ impl Resolved {
             .await
             .map_err(|_| SnapshotError::Deadline)??;
         let handle = cache.adopt_tree(&part.digest, &fetched)?;
-        let tree = Tree::open(handle.path()).map_err(|source| self.damaged(part, source))?;
+        let tree = Tree::open_replaceable(handle.path()).map_err(|source| self.damaged(part, source))?;
         Ok(Snapshot {
             resolved: self,
             tree: Arc::new(tree),

@@ -19,10 +19,12 @@ type Named = (&'static [u8], Vec<u8>);
 impl GridFs {
     /// The value of one attribute.
     pub fn xattr(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>, FsError> {
-        // Programs ask for `security.*` and `system.*` on every file they list: no work for those.
-        if !name.starts_with(b"user.grid.") {
+        // Programs ask for `security.*` and `system.*` of every file they list, and the kernel keeps no
+        // answer to that. Told that there are none of that kind, and not only none on this file, `ls`
+        // does not ask again.
+        if !name.starts_with(b"user.") {
             self.row(ino)?;
-            return Err(FsError::NoSuchAttribute);
+            return Err(FsError::UnsupportedAttribute);
         }
         self.xattrs(ino)?
             .into_iter()

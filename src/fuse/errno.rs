@@ -14,6 +14,7 @@ pub(super) fn errno(error: &FsError) -> Errno {
         FsError::NotAFile | FsError::NotASymlink => Errno::EINVAL,
         FsError::NameTooLong(_) => Errno::ENAMETOOLONG,
         FsError::NoSuchAttribute => Errno::ENODATA,
+        FsError::UnsupportedAttribute => Errno::EOPNOTSUPP,
         FsError::Tree(_) | FsError::Read { .. } => Errno::EIO,
     }
 }
@@ -27,6 +28,7 @@ pub(super) fn is_failure(error: &FsError) -> bool {
         | FsError::NotAFile
         | FsError::NotASymlink
         | FsError::NameTooLong(_)
-        | FsError::NoSuchAttribute => false,
+        | FsError::NoSuchAttribute
+        | FsError::UnsupportedAttribute => false,
     }
 }

@@ -31,6 +31,7 @@ use super::{
     counters::{Counters, Operation},
     errno::{errno, is_failure},
     io_mode::{self, Abilities, IoMode},
+    listing,
     open_inodes::{BackingNo, OpenInodes, Released, Way},
     open_table::OpenTable,
 };
@@ -54,10 +55,8 @@ const MAX_BACKGROUND: u16 = 128;
 const MAX_STACK_DEPTH: u32 = 1;
 
 /// Everything asked of the kernel where it is offered.
-const WANTED: [InitFlags; 8] = [
+const WANTED: [InitFlags; 7] = [
     InitFlags::FUSE_DO_READDIRPLUS,
-    // Adaptive: a plain `find` does not instantiate every inode.
-    InitFlags::FUSE_READDIRPLUS_AUTO,
     InitFlags::FUSE_PARALLEL_DIROPS,
     InitFlags::FUSE_CACHE_SYMLINKS,
     InitFlags::FUSE_ASYNC_DIO,
@@ -310,6 +309,12 @@ impl Filesystem for Server {
             if offered.contains(flag) {
                 config.add_capabilities(flag).ok();
             }
+        }
+        let entries = self.fs.statistics().entries;
+        if !listing::always_with_attributes(entries, listing::memory())
+            && offered.contains(InitFlags::FUSE_READDIRPLUS_AUTO)
+        {
+            config.add_capabilities(InitFlags::FUSE_READDIRPLUS_AUTO).ok();
         }
         let chosen = match &self.resumed {
             // The kernel has been told already.
