@@ -488,11 +488,9 @@ impl Shared {
     }
 
     fn sealed(&self, id: ObjectId, size: u64) {
-        let mut policy = self.policy.lock();
-        for number in 0..size.div_ceil(crate::block::EXTENT_SIZE) {
-            policy.remove(&Unit::extent(id, crate::block::ExtentNo(number)));
-        }
-        policy.insert(Unit::object(id), size, Purpose::Reader);
+        let extents = 0..size.div_ceil(crate::block::EXTENT_SIZE);
+        let extents = extents.map(|number| Unit::extent(id, crate::block::ExtentNo(number)));
+        self.policy.lock().seal(Unit::object(id), extents);
     }
 
     fn evict_unit(self: &Arc<Self>, unit: Unit) -> io::Result<object::Evicted> {

@@ -1,11 +1,14 @@
 //! Which unit to give up next. Pure: no files, no clock, no locks.
 
+mod shadow;
+
 use std::hash::{BuildHasherDefault, Hash, Hasher};
 
 use lru::LruCache;
 
 use super::{ObjectId, Purpose};
 use crate::block::{EXTENT_SIZE, ExtentNo};
+use shadow::{Departed, HIT, INSERTIONS, Insertion, Shadow};
 
 /// What is evicted at once.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -101,6 +104,8 @@ impl Hasher for Spread {
 /// What is remembered of a unit.
 #[derive(Clone, Copy, Default)]
 struct Seen {
+    /// The clock at its last reference.
+    at: u32,
     /// A reader has asked for it. What readahead put there has not been referenced yet, and its first
     /// reference is no reuse.
     referenced: bool,
@@ -112,79 +117,34 @@ fn listed<V>() -> Listed<V> {
     Listed::unbounded_with_hasher(BuildHasherDefault::default())
 }
 
-/// One arrival in so many goes to the hot end even when the others go to the cold end.
-const SELDOM: u32 = 32;
-
-/// A cache of names only, over a sample of the units, that always does the same.
-struct Shadow {
-    list: Listed<u64>,
-    used: u64,
-    capacity: u64,
-    cold: bool,
-    arrivals: u32,
-}
-
-impl Shadow {
-    fn new(capacity: u64, cold: bool) -> Self {
-        Self {
-            list: listed(),
-            used: 0,
-            capacity,
-            cold,
-            arrivals: 0,
-        }
-    }
-
-    /// Whether it was a hit.
-    fn reference(&mut self, unit: Unit, bytes: u64) -> bool {
-        if self.list.promote(&unit) {
-            return true;
-        }
-        if bytes > self.capacity {
-            return false;
-        }
-        while self.used + bytes > self.capacity || self.list.len() >= SHADOW_MOST {
-            match self.list.pop_lru() {
-                Some((_, gone)) => self.used -= gone,
-                None => break,
-            }
-        }
-        self.used += bytes;
-        self.list.put(unit, bytes);
-        self.arrivals = self.arrivals.wrapping_add(1);
-        if self.cold && !self.arrivals.is_multiple_of(SELDOM) {
-            self.list.demote(&unit);
-        }
-        false
-    }
-}
-
-/// Units in a shadow, at most.
-const SHADOW_MOST: usize = 1 << 14;
 /// The shadows are as large as the cache up to this many extents, and sampled beyond.
 const SHADOW_EXTENTS: u64 = 1024;
-/// The score forgets at this rate, in sampled references.
-const MEMORY: i64 = 512;
 /// A lead of about 1 % of the recent references decides.
-const LEAD: i64 = 5 * 1024;
+const LEAD: i64 = 5 * HIT;
+/// Passes under way at once, at least, that are told apart from reuse.
+const PASSES: usize = 128;
 
 /// LRU with adaptive insertion (after DIP, Qureshi et al., ISCA 2007).
 ///
 /// A unit that arrives spends a short time in the *window*, where it is neither reused nor given up:
 /// the many touches of the pass that brought it are one reference. Leaving it, it goes to the hot or
-/// to the cold end of the list, as the better of two shadow caches does.
+/// to the cold end of the list, as the best of three shadow caches does.
 pub struct Policy {
     list: Listed<Seen>,
     window: Listed<Seen>,
-    /// The units of the passes under way: a further touch of these is the same reference.
-    recent: Listed<()>,
-    lru: Shadow,
-    cold: Shadow,
+    /// The units of the passes under way, and the clock when each began: a further touch of these is
+    /// the same reference.
+    recent: Listed<u32>,
+    /// How many units the window spans, at least.
+    passes: usize,
+    /// Arrivals since `passes` was last looked at, and those among them that came back too soon.
+    placed: usize,
+    returned: usize,
+    shadows: [Shadow; 3],
     /// One unit in so many is sampled.
     sampling: u64,
-    /// The lead of the LRU shadow, in hits, times 1024, forgetting.
-    score: i64,
-    insert_cold: bool,
+    insertion: Insertion,
+    departed: Departed,
     arrivals: u32,
     clock: u32,
 }
@@ -198,38 +158,81 @@ impl Policy {
             list: listed(),
             window: listed(),
             recent: listed(),
-            lru: Shadow::new(capacity / sampling, false),
-            cold: Shadow::new(capacity / sampling, true),
+            passes: 0,
+            placed: 0,
+            returned: 0,
+            shadows: INSERTIONS.map(|insertion| Shadow::new(capacity / sampling, insertion)),
             sampling,
-            score: 0,
             // Without evidence: cold, since an epoch over more data than fits is what LRU is worst at.
-            insert_cold: true,
+            insertion: Insertion::Cold,
+            departed: Departed::default(),
             arrivals: 0,
             clock: 1,
         }
     }
 
-    /// How many units the window and the recent passes span.
-    fn span(&self) -> usize {
-        (self.len() / 64).clamp(4, 1024)
+    /// How many units the window spans: a small part of the cache, and more while as many are being read
+    /// at once.
+    fn window_span(&self) -> usize {
+        let few = (self.len() / 64).clamp(4, 1024);
+        self.passes.clamp(few, (self.len() / 8).max(few))
+    }
+
+    /// How many units the passes under way span. Longer than the window: names alone cost no room, and
+    /// many readers at once must not look like reuse.
+    fn recent_span(&self) -> usize {
+        (self.len() / 8).min(PASSES).max(self.window_span())
+    }
+
+    /// `unit` comes back: if it went during the pass that now asks for it again, the window was too short
+    /// for all the passes under way.
+    fn widen(&mut self, unit: &Unit) {
+        let pass = self.recent.peek(unit).copied();
+        self.returned += usize::from(pass.is_some() && pass == self.departed.get(unit));
+        self.placed += 1;
+        if self.placed == 64 {
+            // One by chance says nothing: at the border of two shuffled epochs it happens.
+            self.passes = match self.returned {
+                0..4 => self.passes.saturating_sub(1),
+                _ => (self.window_span() * 3 / 2).min(1 << 16),
+            };
+            (self.placed, self.returned) = (0, 0);
+        }
     }
 
     /// The first block of `unit` arrived.
-    pub fn insert(&mut self, unit: Unit, _bytes: u64, purpose: Purpose) {
+    pub fn insert(&mut self, unit: Unit, bytes: u64, purpose: Purpose) {
+        if purpose == Purpose::Reader {
+            // Of an object that was not there nobody has reported the touch.
+            self.reference(unit, bytes);
+        }
         if self.contains(&unit) {
             return;
         }
-        let referenced = purpose == Purpose::Reader || self.recent.contains(&unit);
-        self.window.put(unit, Seen { referenced });
-        while self.window.len() > self.span() {
+        self.widen(&unit);
+        let began = self.recent.peek(&unit).copied();
+        let seen = Seen {
+            at: began.unwrap_or(self.clock),
+            referenced: began.is_some(),
+        };
+        self.window.put(unit, seen);
+        while self.window.len() > self.window_span() {
             let Some((unit, seen)) = self.window.pop_lru() else {
                 break;
             };
-            self.list.put(unit, seen);
-            self.arrivals = self.arrivals.wrapping_add(1);
-            if self.insert_cold && !self.arrivals.is_multiple_of(SELDOM) {
-                self.list.demote(&unit);
-            }
+            self.place(unit, seen);
+        }
+    }
+
+    /// Out of the window, into the list.
+    fn place(&mut self, unit: Unit, seen: Seen) {
+        self.arrivals = self.arrivals.wrapping_add(1);
+        let hot = self
+            .insertion
+            .is_hot(self.arrivals, seen.at, self.len(), self.departed.get(&unit));
+        self.list.put(unit, seen);
+        if !hot {
+            self.list.demote(&unit);
         }
     }
 
@@ -238,22 +241,18 @@ impl Policy {
         if self.recent.promote(&unit) {
             return;
         }
-        self.recent.put(unit, ());
-        while self.recent.len() > self.span() {
+        self.clock = self.clock.wrapping_add(1).max(1);
+        let clock = self.clock;
+        self.recent.put(unit, clock);
+        while self.recent.len() > self.recent_span() {
             self.recent.pop_lru();
         }
-        self.clock = self.clock.wrapping_add(1).max(1);
-        if (unit.spread() >> 40).is_multiple_of(self.sampling) {
-            let lead =
-                i64::from(self.lru.reference(unit, bytes)) - i64::from(self.cold.reference(unit, bytes));
-            self.score += 1024 * lead - self.score / MEMORY;
-            if self.score.abs() > LEAD {
-                self.insert_cold = self.score < 0;
-            }
-        }
+        self.learn(unit, bytes);
         if let Some(seen) = self.window.peek_mut(&unit) {
             seen.referenced = true;
+            seen.at = clock;
         } else if let Some(seen) = self.list.peek_mut(&unit) {
+            seen.at = clock;
             // The first reference to what readahead brought is no reuse.
             if std::mem::replace(&mut seen.referenced, true) {
                 self.list.promote(&unit);
@@ -261,11 +260,70 @@ impl Policy {
         }
     }
 
+    /// Shows the shadows a reference. They know extents only: an object may be sealed here and not
+    /// there.
+    fn learn(&mut self, unit: Unit, bytes: u64) {
+        let extents = match unit.part() {
+            Part::Object => bytes.div_ceil(EXTENT_SIZE),
+            _ => 0,
+        };
+        let object = (0..extents).map(|number| {
+            let len = (bytes - number * EXTENT_SIZE).min(EXTENT_SIZE);
+            (Unit::extent(unit.id, ExtentNo(number)), len)
+        });
+        let whole = (extents == 0).then_some((unit, bytes));
+        for (unit, bytes) in whole.into_iter().chain(object) {
+            if (unit.spread() >> 40).is_multiple_of(self.sampling) {
+                self.shadows
+                    .iter_mut()
+                    .for_each(|shadow| shadow.reference(unit, bytes));
+            }
+        }
+        self.choose();
+    }
+
+    fn choose(&mut self) {
+        let of = |insertion| {
+            self.shadows
+                .iter()
+                .find(|shadow| shadow.insertion == insertion)
+                .map_or(0, |shadow| shadow.score)
+        };
+        let best = self.shadows.iter().max_by_key(|shadow| shadow.score);
+        if let Some(best) = best
+            && best.score > of(self.insertion) + LEAD
+        {
+            self.insertion = best.insertion;
+        }
+    }
+
     /// A unit known from an earlier run: it becomes the coldest. Restore hottest first.
     pub fn restore(&mut self, unit: Unit) {
         if !self.contains(&unit) {
-            self.list.put(unit, Seen { referenced: true });
+            let seen = Seen {
+                at: self.clock,
+                referenced: true,
+            };
+            self.list.put(unit, seen);
             self.list.demote(&unit);
+        }
+    }
+
+    /// `extents` become one unit: an object that was read is sealed because it is opened again.
+    pub fn seal(&mut self, unit: Unit, extents: impl Iterator<Item = Unit>) {
+        let mut proven = false;
+        for extent in extents {
+            proven |= self.list.peek(&extent).is_some_and(|seen| seen.referenced);
+            self.remove(&extent);
+        }
+        let seen = Seen {
+            at: self.clock,
+            referenced: true,
+        };
+        if proven {
+            self.list.put(unit, seen);
+        } else {
+            self.window.put(unit, seen);
         }
     }
 
@@ -276,15 +334,18 @@ impl Policy {
 
     /// Takes the coldest unit off the list.
     pub fn victim(&mut self) -> Option<Unit> {
-        self.list
-            .pop_lru()
-            .or_else(|| self.window.pop_lru())
-            .map(|(unit, _)| unit)
+        let (unit, seen) = self.list.pop_lru().or_else(|| self.window.pop_lru())?;
+        self.departed.put(&unit, seen.at, self.len());
+        Some(unit)
     }
 
     /// The victim could not be evicted now (somebody reads it).
     pub fn keep(&mut self, unit: Unit) {
-        self.list.put(unit, Seen { referenced: true });
+        let seen = Seen {
+            at: self.clock,
+            referenced: true,
+        };
+        self.list.put(unit, seen);
     }
 
     pub fn contains(&self, unit: &Unit) -> bool {
@@ -309,6 +370,3 @@ impl Policy {
         self.window.iter().chain(self.list.iter()).map(|(unit, _)| *unit)
     }
 }
-
-#[cfg(test)]
-mod tests;
