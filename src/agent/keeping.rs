@@ -6,7 +6,10 @@
 use std::{
     fs::{self, DirBuilder},
     io::{self, Write},
-    os::unix::fs::DirBuilderExt,
+    os::{
+        fd::{BorrowedFd, OwnedFd},
+        unix::fs::DirBuilderExt,
+    },
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -19,7 +22,7 @@ use crate::{
     catalog::Record,
     fuse::{self, Mounted, SUBTYPE},
     handover::MountState,
-    keeper::Link,
+    keeper::{Held, KeeperError, Link},
     origin::StoreSettings,
 };
 
@@ -42,17 +45,67 @@ pub struct Remembered {
     pub state: Option<MountState>,
 }
 
+/// Who keeps descriptors while no agent runs. Every operation is blocking, with a deadline.
+#[derive(Default)]
+pub enum KeptBy {
+    /// The parent of a user's own agent.
+    Keeper(Link),
+    /// Mounts end with this agent.
+    #[default]
+    Nobody,
+}
+
+impl KeptBy {
+    /// The keeper at the other end of `socket`, and what it holds for this agent.
+    pub fn keeper(socket: OwnedFd) -> Result<(Self, Vec<Held>), KeeperError> {
+        let (link, held) = Link::new(socket)?;
+        Ok((Self::Keeper(link), held))
+    }
+
+    /// Whether there is any use in writing down what the next agent would need beside the descriptor.
+    fn outlives_this_agent(&self) -> bool {
+        match self {
+            Self::Keeper(_) => true,
+            Self::Nobody => false,
+        }
+    }
+
+    /// When this returns, a duplicate of the descriptor is safe, with `memo`, which holds credentials: it
+    /// must not be written to a disk.
+    fn keep(&self, name: &str, memo: &str, descriptor: BorrowedFd<'_>) -> Result<(), KeeperError> {
+        match self {
+            Self::Keeper(link) => link.keep(name, memo, descriptor),
+            Self::Nobody => Ok(()),
+        }
+    }
+
+    fn let_go(&self, name: &str) -> Result<(), KeeperError> {
+        match self {
+            Self::Keeper(link) => link.release(name),
+            Self::Nobody => Ok(()),
+        }
+    }
+
+    /// Everything that was held is resumed: this agent was worth starting.
+    fn serving(&self) -> Result<(), KeeperError> {
+        match self {
+            Self::Keeper(link) => link.serving(),
+            Self::Nobody => Ok(()),
+        }
+    }
+}
+
 /// Where mounts are remembered, and who keeps their descriptors.
 #[derive(Default)]
 pub struct Keeping {
     /// `None`: nothing is remembered.
     dir: Option<PathBuf>,
-    link: Option<Link>,
+    by: KeptBy,
 }
 
 impl Keeping {
     /// Beside `socket`. An agent that can remember nothing still serves.
-    pub fn beside(socket: &Path, link: Option<Link>) -> Self {
+    pub fn beside(socket: &Path, by: KeptBy) -> Self {
         let dir = dir_beside(socket);
         let dir = match DirBuilder::new().mode(0o700).create(&dir) {
             Ok(()) => Some(dir),
@@ -62,7 +115,7 @@ impl Keeping {
                 None
             }
         };
-        Self { dir, link }
+        Self { dir, by }
     }
 
     /// Remembers that a mount is about to be made.
@@ -137,17 +190,13 @@ impl Keeping {
 
     /// Tells the keeper that this agent was worth starting.
     pub(super) fn serving(&self) {
-        if let Some(link) = &self.link
-            && let Err(error) = link.serving()
-        {
+        if let Err(error) = self.by.serving() {
             tracing::warn!(%error, "no keeper any more: mounts will not outlive this agent");
         }
     }
 
     pub(super) fn release(&self, name: &str) {
-        if let Some(link) = &self.link
-            && let Err(error) = link.release(name)
-        {
+        if let Err(error) = self.by.let_go(name) {
             tracing::debug!(%error, "nothing was released");
         }
     }
@@ -171,7 +220,7 @@ fn dir_beside(socket: &Path) -> PathBuf {
 pub fn clear(socket: &Path) {
     let keeping = Arc::new(Keeping {
         dir: Some(dir_beside(socket)),
-        link: None,
+        by: KeptBy::Nobody,
     });
     for entry in keeping.entries() {
         entry.clear();
@@ -214,11 +263,11 @@ impl Entry {
         name.to_string_lossy().into_owned()
     }
 
-    /// Where it is written down what is open; only a keeper's agent can make use of it.
+    /// Where it is written down what is open, if another agent can make use of it.
     pub(super) fn open_table(&self) -> Option<PathBuf> {
         self.keeping
-            .link
-            .is_some()
+            .by
+            .outlives_this_agent()
             .then(|| self.path.with_extension("open"))
     }
 
@@ -227,10 +276,8 @@ impl Entry {
         self.remembered.state = Some(MountState::of(mounted));
         let kept = || -> Result<(), Box<dyn std::error::Error>> {
             self.write()?;
-            if let Some(link) = &self.keeping.link {
-                let memo = serde_json::to_string(settings)?;
-                link.keep(&self.name(), &memo, mounted.descriptor())?;
-            }
+            let memo = serde_json::to_string(settings)?;
+            self.keeping.by.keep(&self.name(), &memo, mounted.descriptor())?;
             Ok(())
         };
         if let Err(error) = kept() {

@@ -14,11 +14,11 @@ use crate::causes::in_one_line;
 use crate::{
     agent::{
         Agent,
-        keeping::{self, Keeping},
+        keeping::{self, Keeping, KeptBy},
         launch::{KeeperLock, LaunchError, Readiness, SocketLock},
         server,
     },
-    keeper::{self, End, Limits, Link, Plan},
+    keeper::{self, End, Limits, Plan},
 };
 
 /// An agent that was started for a mount which then was refused goes again after this.
@@ -106,15 +106,14 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
     start_logging();
     let settings = config::load(&Overrides::of(&Default::default(), &args.agent))?;
     let socket = own_socket(&args.socket)?;
-    let (link, held) = match args.kept {
-        false => (None, Vec::new()),
+    let (kept_by, held) = match args.kept {
+        false => (KeptBy::Nobody, Vec::new()),
         true => {
             let socket = std::io::stdin()
                 .as_fd()
                 .try_clone_to_owned()
                 .map_err(CliError::failed)?;
-            let (link, held) = Link::new(socket).map_err(CliError::failed)?;
-            (Some(link), held)
+            KeptBy::keeper(socket).map_err(CliError::failed)?
         }
     };
     let lock = match args.kept {
@@ -130,7 +129,7 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
     };
     let runtime = runtime()?;
     let result = runtime.block_on(async {
-        let keeping = Keeping::beside(&socket, link);
+        let keeping = Keeping::beside(&socket, kept_by);
         let agent = Agent::new(config::agent_config(&settings)?, keeping).map_err(CliError::failed)?;
         // Before anything is resumed: a failure from then on would end what lives.
         let listener = lock.bind().map_err(CliError::failed)?;
@@ -163,7 +162,7 @@ pub fn foreground(args: MountArgs) -> Result<(), CliError> {
     })?;
     let runtime = runtime()?;
     let result = runtime.block_on(async {
-        let keeping = Keeping::beside(&socket, None);
+        let keeping = Keeping::beside(&socket, KeptBy::Nobody);
         let agent = Agent::new(config::agent_config(&settings)?, keeping).map_err(CliError::failed)?;
         let listener = lock.bind().map_err(CliError::failed)?;
         agent.resume(Vec::new(), &request.store_settings).await;
