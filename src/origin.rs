@@ -4,6 +4,7 @@
 //! ETag or version id, conditional puts, multipart uploads, listings, deadlines, typed errors.
 //! Must not know blocks, caches or catalogs.
 
+mod credentials;
 mod error;
 mod http;
 mod local;
@@ -26,6 +27,7 @@ use object_store::{
 pub use crate::pin::Pin;
 
 pub use self::{
+    credentials::{Borrowed, Credentials, Keys, Lender, Lent, LoanState, Secret},
     error::OriginError,
     http::Counters,
     settings::StoreSettings,
@@ -140,6 +142,16 @@ impl Store {
         settings: &StoreSettings,
         deadlines: &Deadlines,
     ) -> Result<Self, OriginError> {
+        Self::open_with(url, settings, deadlines, None)
+    }
+
+    /// As [`Store::open`], with keys that somebody lends in place of those in `settings`. Only S3 takes them.
+    pub fn open_with(
+        url: &StoreUrl,
+        settings: &StoreSettings,
+        deadlines: &Deadlines,
+        credentials: Option<Arc<dyn Credentials>>,
+    ) -> Result<Self, OriginError> {
         // One TLS implementation for the process. An error means that somebody installed one before: fine.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let tally = Arc::new(Tally::default());
@@ -151,7 +163,7 @@ impl Store {
                 String::new(),
             ),
             _ => {
-                let (remote, place) = remote::build(url, settings, deadlines, &tally)?;
+                let (remote, place) = remote::build(url, settings, deadlines, &tally, credentials)?;
                 (
                     Backend::Remote(remote),
                     place,

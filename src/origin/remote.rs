@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 
 use super::{
     Deadlines, OriginError, StoreSettings,
+    credentials::{Credentials, Provider},
     http::{CREDENTIAL_HOSTS, Connector, SEEN, Seen, Tally},
     url::{StoreKind, StoreUrl},
 };
@@ -29,6 +30,7 @@ pub(super) fn build(
     settings: &StoreSettings,
     deadlines: &Deadlines,
     tally: &Arc<Tally>,
+    credentials: Option<Arc<dyn Credentials>>,
 ) -> Result<(Remote, String), OriginError> {
     let bad_setting = |source: object_store::Error| OriginError::Settings {
         store: url.to_string(),
@@ -84,7 +86,10 @@ pub(super) fn build(
             let at_amazon = endpoint
                 .as_ref()
                 .is_none_or(|endpoint| endpoint.contains(".amazonaws.com"));
-            if !has_credentials && (!at_amazon || settings.get("AWS_EC2_METADATA_DISABLED") == Some("true")) {
+            if credentials.is_none()
+                && !has_credentials
+                && (!at_amazon || settings.get("AWS_EC2_METADATA_DISABLED") == Some("true"))
+            {
                 // An endpoint that somebody named does not get this machine's own role.
                 return Err(OriginError::Credentials {
                     store: url.to_string(),
@@ -106,6 +111,9 @@ pub(super) fn build(
                 .is_some_and(|endpoint| endpoint.starts_with("http://"))
             {
                 builder = builder.with_allow_http(true);
+            }
+            if let Some(credentials) = credentials {
+                builder = builder.with_credentials(Arc::new(Provider(credentials)));
             }
             let store = builder
                 .with_bucket_name(&bucket)
