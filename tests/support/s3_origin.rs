@@ -10,7 +10,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -85,6 +85,7 @@ struct State {
     shape: Mutex<Shape>,
     counts: Counts,
     next: AtomicU64,
+    closed: AtomicBool,
     /// The offsets of ranged GETs, in order.
     ranges: Mutex<Vec<(String, u64, u64)>>,
     /// The id of the only access key that is taken, and with what error others are refused.
@@ -104,6 +105,8 @@ pub struct S3Origin {
 
 impl Drop for S3Origin {
     fn drop(&mut self) {
+        // An abort comes when it comes; whoever asks after this line finds nobody.
+        self.state.closed.store(true, Relaxed);
         self.accept.abort();
     }
 }
@@ -309,6 +312,9 @@ async fn serve(state: Arc<State>, stream: TcpStream) {
                 return;
             }
             continue;
+        }
+        if state.closed.load(Relaxed) {
+            return;
         }
         let kept = match (request.method.as_str(), request.query.contains_key("list-type")) {
             ("GET", true) => list(&state, &mut stream, &request).await,
