@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 
 use super::{
     Deadlines, OriginError, StoreSettings,
+    credentials::{Credentials, Provider},
     http::{CREDENTIAL_HOSTS, Connector, SEEN, Seen, Tally},
     url::{StoreKind, StoreUrl},
 };
@@ -29,6 +30,7 @@ pub(super) fn build(
     settings: &StoreSettings,
     deadlines: &Deadlines,
     tally: &Arc<Tally>,
+    credentials: Option<Arc<dyn Credentials>>,
 ) -> Result<(Remote, String), OriginError> {
     let bad_setting = |source: object_store::Error| OriginError::Settings {
         store: url.to_string(),
@@ -84,7 +86,10 @@ pub(super) fn build(
             let at_amazon = endpoint
                 .as_ref()
                 .is_none_or(|endpoint| endpoint.contains(".amazonaws.com"));
-            if !has_credentials && (!at_amazon || settings.get("AWS_EC2_METADATA_DISABLED") == Some("true")) {
+            if credentials.is_none()
+                && !has_credentials
+                && (!at_amazon || settings.get("AWS_EC2_METADATA_DISABLED") == Some("true"))
+            {
                 // An endpoint that somebody named does not get this machine's own role.
                 return Err(OriginError::Credentials {
                     store: url.to_string(),
@@ -106,6 +111,9 @@ pub(super) fn build(
                 .is_some_and(|endpoint| endpoint.starts_with("http://"))
             {
                 builder = builder.with_allow_http(true);
+            }
+            if let Some(credentials) = credentials {
+                builder = builder.with_credentials(Arc::new(Provider(credentials)));
             }
             let store = builder
                 .with_bucket_name(&bucket)
@@ -232,6 +240,14 @@ pub(super) async fn observed<T>(
     result.map_err(|error| (error, seen.lock().clone()))
 }
 
+/// An error of ours on its way through the client, which [`Place::error`] takes out again.
+pub(super) fn carried(error: OriginError) -> object_store::Error {
+    object_store::Error::Generic {
+        store: "S3",
+        source: Box::new(error),
+    }
+}
+
 /// Where an error happened.
 pub(super) struct Place<'a> {
     pub store: &'a str,
@@ -241,6 +257,13 @@ pub(super) struct Place<'a> {
 
 impl Place<'_> {
     pub fn error(&self, error: object_store::Error, seen: &Seen) -> OriginError {
+        let error = match error {
+            object_store::Error::Generic { store, source } => match source.downcast::<OriginError>() {
+                Ok(carried) => return *carried,
+                Err(source) => object_store::Error::Generic { store, source },
+            },
+            error => error,
+        };
         let (store, key) = (self.store.to_owned(), self.key.to_owned());
         let transport = transport_kind(&error);
         let code = seen.code.as_deref().unwrap_or_default();
