@@ -13,6 +13,7 @@ pub mod server;
 pub mod snapshot;
 mod stored;
 mod sums;
+pub mod systemd;
 mod warm;
 
 use std::{
@@ -570,6 +571,15 @@ impl Agent {
         let idle = table.slots.is_empty() && table.requests == 0;
         table.stopping |= idle;
         idle
+    }
+
+    /// Refuses new mounts, and leaves those there are to the next agent. This process must end without a
+    /// mount being dropped: that would unmount it.
+    pub fn leave(&self) {
+        self.table.lock().stopping = true;
+        if let Err(error) = self.cache.settle() {
+            tracing::warn!(%error, "the cache's order is not saved");
+        }
     }
 
     /// Refuses new mounts and unmounts everything: what is in use is detached, and goes with its last user.

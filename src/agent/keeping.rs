@@ -17,7 +17,7 @@ use std::{
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::{control::MountRequest, mount_point::MountPoint};
+use super::{control::MountRequest, mount_point::MountPoint, systemd::Manager};
 use crate::{
     catalog::Record,
     fuse::{self, Mounted, SUBTYPE},
@@ -50,6 +50,8 @@ pub struct Remembered {
 pub enum KeptBy {
     /// The parent of a user's own agent.
     Keeper(Link),
+    /// The store of the system's service.
+    Systemd(Arc<Manager>),
     /// Mounts end with this agent.
     #[default]
     Nobody,
@@ -65,7 +67,7 @@ impl KeptBy {
     /// Whether there is any use in writing down what the next agent would need beside the descriptor.
     fn outlives_this_agent(&self) -> bool {
         match self {
-            Self::Keeper(_) => true,
+            Self::Keeper(_) | Self::Systemd(_) => true,
             Self::Nobody => false,
         }
     }
@@ -75,6 +77,7 @@ impl KeptBy {
     fn keep(&self, name: &str, memo: &str, descriptor: BorrowedFd<'_>) -> Result<(), KeeperError> {
         match self {
             Self::Keeper(link) => link.keep(name, memo, descriptor),
+            Self::Systemd(manager) => manager.keep(name, memo, descriptor),
             Self::Nobody => Ok(()),
         }
     }
@@ -82,6 +85,7 @@ impl KeptBy {
     fn let_go(&self, name: &str) -> Result<(), KeeperError> {
         match self {
             Self::Keeper(link) => link.release(name),
+            Self::Systemd(manager) => manager.let_go(name),
             Self::Nobody => Ok(()),
         }
     }
@@ -90,7 +94,8 @@ impl KeptBy {
     fn serving(&self) -> Result<(), KeeperError> {
         match self {
             Self::Keeper(link) => link.serving(),
-            Self::Nobody => Ok(()),
+            // It hears of this when the whole agent is ready.
+            Self::Systemd(_) | Self::Nobody => Ok(()),
         }
     }
 }

@@ -165,6 +165,8 @@ impl KeeperLock {
 #[derive(Debug)]
 pub struct SocketLock {
     socket: PathBuf,
+    /// Somebody else made the socket, and keeps it.
+    given: bool,
     _lock: LockFile,
     _alone: Option<KeeperLock>,
 }
@@ -186,6 +188,7 @@ impl SocketLock {
         match LockFile::acquire(socket.with_extension("lock"))? {
             Some(lock) => Ok(Self {
                 socket: socket.to_owned(),
+                given: false,
                 _lock: lock,
                 _alone: None,
             }),
@@ -193,6 +196,21 @@ impl SocketLock {
                 socket: socket.to_owned(),
             }),
         }
+    }
+
+    /// Serves a socket that somebody else made and keeps.
+    pub fn adopt(
+        &mut self,
+        listener: std::os::unix::net::UnixListener,
+    ) -> Result<std::os::unix::net::UnixListener, LaunchError> {
+        self.given = true;
+        listener
+            .set_nonblocking(true)
+            .map_err(|source| LaunchError::Open {
+                path: self.socket.clone(),
+                source,
+            })?;
+        Ok(listener)
     }
 
     /// Binds the socket, in place of one that a dead agent left behind.
@@ -216,7 +234,8 @@ impl SocketLock {
 impl Drop for SocketLock {
     fn drop(&mut self) {
         // Before the lock goes: who connects from now on finds no socket and starts a new agent.
-        if let Err(error) = fs::remove_file(&self.socket)
+        if !self.given
+            && let Err(error) = fs::remove_file(&self.socket)
             && error.kind() != io::ErrorKind::NotFound
         {
             tracing::warn!(socket = %self.socket.display(), %error, "the control socket stays behind");

@@ -17,6 +17,7 @@ use crate::{
         keeping::{self, Keeping, KeptBy},
         launch::{KeeperLock, LaunchError, Readiness, SocketLock},
         server,
+        systemd::{self, Given, Manager, Wish},
     },
     keeper::{self, End, Limits, Plan},
 };
@@ -106,9 +107,23 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
     start_logging();
     let settings = config::load(&Overrides::of(&Default::default(), &args.agent))?;
     let socket = own_socket(&args.socket)?;
-    let (kept_by, held) = match args.kept {
-        false => (KeptBy::Nobody, Vec::new()),
-        true => {
+    // A user's own agent may be started from within a unit that is none of ours.
+    let manager = match args.on_demand || args.kept {
+        true => None,
+        false => Manager::of_this_process()
+            .map_err(CliError::failed)?
+            .map(Arc::new),
+    };
+    let mut control = None;
+    let (kept_by, held) = match (&manager, args.kept) {
+        (None, false) => (KeptBy::Nobody, Vec::new()),
+        (Some(manager), false) => {
+            // SAFETY: the first and only time, and nothing else here takes numbers it did not open.
+            let given = unsafe { Given::take() };
+            control = given.control;
+            (KeptBy::Systemd(Arc::clone(manager)), given.held)
+        }
+        (_, true) => {
             let socket = std::io::stdin()
                 .as_fd()
                 .try_clone_to_owned()
@@ -120,7 +135,7 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
         true => SocketLock::acquire_kept(&socket),
         false => SocketLock::acquire(&socket),
     };
-    let lock = match lock {
+    let mut lock = match lock {
         Err(LaunchError::AlreadyRunning { .. }) if args.on_demand && held.is_empty() => {
             readiness.already_running();
             return Ok(());
@@ -132,12 +147,22 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
         let keeping = Keeping::beside(&socket, kept_by);
         let agent = Agent::new(config::agent_config(&settings)?, keeping).map_err(CliError::failed)?;
         // Before anything is resumed: a failure from then on would end what lives.
-        let listener = lock.bind().map_err(CliError::failed)?;
+        let listener = match control {
+            Some(control) => lock.adopt(control),
+            None => lock.bind(),
+        }
+        .map_err(CliError::failed)?;
         // Only for what has to be mounted again: no reason not to start.
         agent
             .resume(held, &config::store_settings().unwrap_or_default())
             .await;
-        serve(&agent, listener, args.on_demand, || readiness.ready()).await
+        let ready = || {
+            readiness.ready();
+            if let Some(manager) = &manager {
+                begin_under(manager, &agent);
+            }
+        };
+        serve(&agent, listener, args.on_demand, manager.as_deref(), ready).await
     });
     runtime.shutdown_timeout(Duration::from_secs(5));
     drop(lock);
@@ -167,7 +192,7 @@ pub fn foreground(args: MountArgs) -> Result<(), CliError> {
         let listener = lock.bind().map_err(CliError::failed)?;
         agent.resume(Vec::new(), &request.store_settings).await;
         let info = agent.mount(request).await.map_err(CliError::failed)?;
-        let serving = serve(&agent, listener, true, || mount::show(&args, &info));
+        let serving = serve(&agent, listener, true, None, || mount::show(&args, &info));
         serving.await
     });
     runtime.shutdown_timeout(Duration::from_secs(5));
@@ -175,11 +200,45 @@ pub fn foreground(args: MountArgs) -> Result<(), CliError> {
     result
 }
 
-/// Serves the socket until a signal comes or, on demand, the last mount has gone; then unmounts everything.
+/// Tells systemd that the agent is ready, and from then on that it is well.
+fn begin_under(manager: &Arc<Manager>, agent: &Arc<Agent>) {
+    let mounts = agent.mounts().len();
+    if let Err(error) = manager.ready(&format!("serving, {mounts} mounts resumed")) {
+        tracing::warn!(%error, "systemd does not know that this agent is ready");
+    }
+    let Some(patience) = manager.watchdog else {
+        return;
+    };
+    let (manager, agent) = (Arc::clone(manager), Arc::clone(agent));
+    tokio::spawn(async move {
+        loop {
+            // Hangs where the agent does: the runtime that runs this, the table that every request needs.
+            let _ = agent.mounts();
+            if let Err(error) = manager.well() {
+                tracing::warn!(%error, "systemd does not know that this agent is well");
+            }
+            tokio::time::sleep(patience / 3).await;
+        }
+    });
+}
+
+/// Ends this process and leaves its mounts to the next one: dropping them would unmount them.
+fn leave(agent: &Agent, manager: &Manager) -> ! {
+    let mounts = agent.mounts().len();
+    tracing::info!(mounts, "leaving the mounts to the next agent");
+    // Whether systemd hears it or not, the next one comes.
+    let _ = manager.stopping("leaving the mounts to the next agent");
+    agent.leave();
+    std::process::exit(0)
+}
+
+/// Serves the socket until a signal comes or, on demand, the last mount has gone; then unmounts everything,
+/// unless systemd is about to start another agent.
 async fn serve(
     agent: &Arc<Agent>,
     listener: std::os::unix::net::UnixListener,
     on_demand: bool,
+    manager: Option<&Manager>,
     ready: impl FnOnce(),
 ) -> Result<(), CliError> {
     let listener = tokio::net::UnixListener::from_std(listener).map_err(CliError::failed)?;
@@ -205,7 +264,14 @@ async fn serve(
     tokio::select! {
         () = idle => tracing::info!("the last mount has gone: ending"),
         _ = interrupt.recv() => tracing::info!("interrupted: unmounting"),
-        _ = terminate.recv() => tracing::info!("asked to end: unmounting"),
+        _ = terminate.recv() => {
+            if let Some(manager) = manager
+                && systemd::wish().await == Wish::GoOn
+            {
+                leave(agent, manager);
+            }
+            tracing::info!("asked to end: unmounting");
+        }
     }
     agent.shut_down().await;
     let _ = stop.send(());
