@@ -68,9 +68,44 @@ fn unicode_environment() -> impl Iterator<Item = (String, String)> {
     env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
 }
 
-/// The caller's object-store settings, profile included: they travel with each request.
+/// The caller's object-store settings, profile included: they travel with each request. Under systemd those of
+/// its credential `grid-mount.env` besides, where the environment does not have them.
 pub fn store_settings() -> Result<StoreSettings, CliError> {
-    StoreSettings::from_env().map_err(CliError::failed)
+    let mut settings = StoreSettings::from_env().map_err(CliError::failed)?;
+    let Some(dir) = env::var_os("CREDENTIALS_DIRECTORY") else {
+        return Ok(settings);
+    };
+    let path = Path::new(&dir).join(SYSTEMD_CREDENTIAL);
+    match std::fs::read_to_string(&path) {
+        Ok(text) => {
+            for (name, value) in assignments(&text) {
+                if settings.get(name).is_none() {
+                    settings.set(name, value);
+                }
+            }
+            Ok(settings)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(settings),
+        Err(error) => Err(CliError::Failed(
+            format!("{} cannot be read: {error}", path.display()).into(),
+        )),
+    }
+}
+
+/// As in `LoadCredential=` of the units.
+const SYSTEMD_CREDENTIAL: &str = "grid-mount.env";
+
+/// Lines of `NAME=value`, as systemd's environment files and shells have them.
+fn assignments(text: &str) -> impl Iterator<Item = (&str, &str)> {
+    text.lines().filter_map(|line| {
+        let line = line.trim();
+        let (name, value) = line.strip_prefix("export ").unwrap_or(line).split_once('=')?;
+        let value = value.trim();
+        let unquoted = ['"', '\'']
+            .into_iter()
+            .find_map(|quote| value.strip_prefix(quote)?.strip_suffix(quote));
+        (!name.starts_with('#')).then_some((name.trim(), unquoted.unwrap_or(value)))
+    })
 }
 
 /// The `agent` subcommand's flags that give a new agent these settings.
@@ -126,4 +161,18 @@ pub fn show(args: &ConfigArgs) -> Result<(), CliError> {
         .collect();
     output::print(&output::table(&["SETTING", "VALUE", "FROM"], &rows));
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_credential_is_lines_of_assignments() {
+        let text = "# a remark with = in it\nA=1\n export B=\"two words\"\n\nC='x=y'\nno assignment\nD=\n";
+        assert_eq!(
+            assignments(text).collect::<Vec<_>>(),
+            [("A", "1"), ("B", "two words"), ("C", "x=y"), ("D", "")]
+        );
+    }
 }
