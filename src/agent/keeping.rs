@@ -17,7 +17,11 @@ use std::{
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::{control::MountRequest, mount_point::MountPoint, systemd::Manager};
+use super::{
+    control::MountRequest,
+    mount_point::{Elsewhere, MountPoint},
+    systemd::Manager,
+};
 use crate::{
     catalog::Record,
     fuse::{self, Mounted, SUBTYPE},
@@ -40,6 +44,9 @@ pub struct Remembered {
     pub created: Vec<PathBuf>,
     pub since: jiff::Timestamp,
     pub record: Record,
+    /// Whose it is and where, of an agent of many users.
+    #[serde(default)]
+    pub elsewhere: Option<Elsewhere>,
     /// Absent while the mount is being made.
     #[serde(default)]
     pub state: Option<MountState>,
@@ -142,6 +149,7 @@ impl Keeping {
                 created: point.created().to_vec(),
                 since: jiff::Timestamp::now(),
                 record: record.clone(),
+                elsewhere: point.elsewhere().cloned(),
                 state: None,
             },
             keeping: Arc::clone(self),
@@ -330,10 +338,8 @@ impl Entry {
             }
         }
         if dead || !there {
-            drop(MountPoint::inherited(
-                point.clone(),
-                self.remembered.created.clone(),
-            ));
+            let made = MountPoint::inherited(point.clone(), self.remembered.created.clone());
+            drop(made.at(self.remembered.elsewhere.clone()));
         }
         dead
     }
