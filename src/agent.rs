@@ -263,7 +263,7 @@ impl Agent {
                 caller,
                 &resolved,
             )?,
-            true => self.reserve_as(caller, &request.mount_point, &resolved).await?,
+            true => self.reserve_as(caller, &request, &resolved).await?,
         };
         let place = match place {
             Place::Ours(reserved) => reserved,
@@ -286,9 +286,10 @@ impl Agent {
     async fn reserve_as(
         self: &Arc<Self>,
         caller: &Arc<Caller>,
-        path: &Path,
+        request: &MountRequest,
         resolved: &Resolved,
     ) -> Result<Place, AgentError> {
+        let path = request.mount_point.as_path();
         let unseen = |source| MountPointError::AsCaller {
             path: path.to_owned(),
             source,
@@ -303,7 +304,20 @@ impl Agent {
             return self.reserve(key, path, caller, resolved);
         }
         let wanted = path.to_owned();
-        let prepared = stored::blocking(move || Prepared::new(&view, &wanted)).await?;
+        let trigger = request.trigger.filter(|_| caller.uid() == 0);
+        let trigger = trigger.map(|number| {
+            let unusable = |source| MountPointError::Unusable {
+                path: path.to_owned(),
+                source,
+            };
+            caller.descriptor(number).map_err(unusable)
+        });
+        let trigger = trigger.transpose()?;
+        let preparing = move || match trigger {
+            Some(trigger) => Prepared::trigger(&view, &wanted, trigger),
+            None => Prepared::new(&view, &wanted),
+        };
+        let prepared = stored::blocking(preparing).await?;
         let key = Key {
             namespace: Some(prepared.namespace()),
             path: prepared.place().to_owned(),

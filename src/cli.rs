@@ -7,6 +7,7 @@ mod catalog;
 mod config;
 mod demo;
 mod mount;
+mod mount_grid;
 mod output;
 mod progress;
 mod publish;
@@ -46,6 +47,9 @@ impl CliError {
 
 /// The program: parses, runs, prints what failed. 0 done, 1 failed, 2 usage.
 pub fn main() -> ExitCode {
+    if mount_grid::is_called() {
+        return mount_grid::main();
+    }
     let cli = Cli::from_process();
     let command = cli.command.unwrap_or(Command::Mount(cli.mount));
     match run(command) {

@@ -272,3 +272,74 @@ fn journal_is_readable(on: &SystemdBox) {
     }
     assert!(!journal.lines().any(|line| line.contains(" ERROR ")), "{journal}");
 }
+
+#[test]
+fn a_line_of_fstab_is_mounted_and_an_automount_on_first_access() {
+    let Some(on) = SystemdBox::boot() else { return };
+    on.ok("systemctl enable --now grid-mount.socket");
+    publish(&on);
+    on.write(
+        "/etc/fstab",
+        "alice:data /data grid ro,version=1,prefetch=all,_netdev,nofail,share=all 0 0\n\
+         alice:data/1 /auto grid _netdev,nofail,share=all,x-systemd.automount 0 0\n\
+         alice:data/1 /home/ann/mine grid noauto,user 0 0\n\
+         alice:gone/7 /gone grid _netdev,nofail 0 0\n",
+    );
+    on.ok("mkdir -p /data /auto /gone && systemctl daemon-reload && systemctl start remote-fs.target");
+    on.wait_for("the line of fstab", || {
+        (on.property("data.mount", "ActiveState") == "active").then_some(())
+    });
+    on.wait_for("the failure of what is not there", || {
+        (on.property("gone.mount", "ActiveState") == "failed").then_some(())
+    });
+    let found = on.ok("findmnt --noheadings --raw --output SOURCE,FSTYPE --target /data");
+    assert_eq!(found.trim(), "alice:data/1 fuse.grid-mount");
+    let options = on.ok("findmnt --noheadings --raw --output OPTIONS --mountpoint /data");
+    for option in ["ro", "nosuid", "nodev", "allow_other", "default_permissions"] {
+        assert!(
+            options.trim().split(',').any(|there| there == option),
+            "{options}"
+        );
+    }
+    let everybody = "setpriv --reuid 65534 --regid 65534 --clear-groups --";
+    let sum = |path: &str| on.ok(&format!("sha256sum < {path}"));
+    let theirs = on.ok(&format!("{everybody} sh -c 'sha256sum < /data/small/3'"));
+    assert_eq!(theirs, sum("/srv/source/small/3"));
+
+    // Nothing is there before somebody looks; then it is, for whoever looked.
+    let kinds = "findmnt --noheadings --raw --output FSTYPE --mountpoint /auto";
+    assert_eq!(on.ok(kinds).trim(), "autofs");
+    assert_eq!(
+        on.ok("timeout 30 ls /auto/small | wc -l").trim(),
+        FILES.to_string()
+    );
+    assert_eq!(sum("/auto/big"), sum("/srv/source/big"));
+    assert!(on.ok(kinds).contains("fuse.grid-mount"));
+    on.ok("systemctl stop auto.mount");
+    assert_eq!(on.ok(kinds).trim(), "autofs");
+
+    // Again and by hand.
+    on.ok("mount /data");
+    on.ok("umount /data && ! findmnt --mountpoint /data");
+    on.wait_for("the unit to see that", || {
+        (on.property("data.mount", "ActiveState") == "inactive").then_some(())
+    });
+    on.ok("systemctl start data.mount && systemctl stop data.mount");
+    on.ok("mount -t grid alice:data/1 /data && cmp /data/big /srv/source/big && umount /data");
+    let told = on.fails("mount -t grid alice:data/1 /data -o speling");
+    assert!(told.contains("speling"), "{told}");
+    let told = on.fails("mount -t grid alice:date/1 /data");
+    assert!(told.contains("alice:date"), "{told}");
+
+    // As a user, where fstab permits it; nobody else then reads it.
+    on.ok("useradd --create-home ann 2>/dev/null || (mkdir -p /home/ann && chown 1000 /home/ann)");
+    on.ok("mkdir /home/ann/mine && chown --reference=/home/ann /home/ann/mine");
+    let ann = on.ok("stat --format='setpriv --reuid %u --regid %u --clear-groups --' /home/ann");
+    let ann = ann.trim();
+    on.ok(&format!(
+        "{ann} mount /home/ann/mine && {ann} cmp /home/ann/mine/big /srv/source/big"
+    ));
+    on.fails(&format!("{everybody} ls /home/ann/mine"));
+    on.ok(&format!("{ann} umount /home/ann/mine"));
+    assert_eq!(on.mounts(), [] as [PathBuf; 0]);
+}

@@ -10,10 +10,11 @@ use std::{
     sync::Arc,
 };
 
+use nix::{fcntl::OFlag, sys::stat::Mode};
 use parking_lot::RwLock;
 use tokio::net::UnixStream;
 
-use super::as_caller::{AsCallerError, Identity, View};
+use super::as_caller::{self, AsCallerError, Identity, View};
 use crate::{
     digest::Digest,
     fs::Owner,
@@ -95,6 +96,23 @@ impl Caller {
             Process::Unseen => return Err(AsCallerError::Unseen),
         };
         Ok(Arc::new(view))
+    }
+
+    /// What one of the caller's open descriptors is of, without walking there.
+    pub fn descriptor(&self, number: u32) -> io::Result<OwnedFd> {
+        let Process::Peer(pid, pidfd) = &self.process else {
+            return Err(io::ErrorKind::NotFound.into());
+        };
+        let descriptor = nix::fcntl::open(
+            &*format!("/proc/{pid}/fd/{number}"),
+            OFlag::O_PATH | OFlag::O_CLOEXEC,
+            Mode::empty(),
+        )?;
+        // As long as it lives its number is its own.
+        match as_caller::is_alive(pidfd.as_fd()) {
+            true => Ok(descriptor),
+            false => Err(io::ErrorKind::NotFound.into()),
+        }
     }
 
     fn is_in(&self, group: u32) -> bool {

@@ -250,7 +250,7 @@ unsafe fn libc_setgroups(count: usize, groups: *const u32) -> libc::c_long {
     unsafe { libc::syscall(libc::SYS_setgroups, count, groups) }
 }
 
-fn is_alive(pidfd: BorrowedFd<'_>) -> bool {
+pub fn is_alive(pidfd: BorrowedFd<'_>) -> bool {
     let none = std::ptr::null::<libc::siginfo_t>();
     // SAFETY: signal 0 is never delivered; no siginfo, no flags.
     let sent = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), 0, none, 0) };

@@ -65,6 +65,10 @@ pub struct MountRequest {
     /// Unmount it when nobody used it for so many seconds; without it, the agent's own default. 0: never.
     #[serde(default)]
     pub idle_timeout: Option<u64>,
+    /// A descriptor of the caller's, who must be root: the mount point, opened where nobody else may walk
+    /// because an automount waits for this mount.
+    #[serde(default)]
+    pub trigger: Option<u32>,
 }
 
 // A request carries credentials: no derived Debug.

@@ -140,6 +140,7 @@ impl Keeping {
         let dir = self.dir.as_ref()?;
         let mut request = request.clone();
         request.store_settings = StoreSettings::default();
+        request.trigger = None;
         let entry = Entry {
             path: dir.join(format!("{:016x}.json", rand::random::<u64>())),
             remembered: Remembered {

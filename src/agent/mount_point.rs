@@ -21,7 +21,9 @@ use nix::{
     fcntl::OFlag,
     sys::{
         stat::{Mode, mkdirat},
-        statfs::{CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC, FsType, PROC_SUPER_MAGIC, fstatfs},
+        statfs::{
+            AUTOFS_SUPER_MAGIC, CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC, FsType, PROC_SUPER_MAGIC, fstatfs,
+        },
     },
 };
 
@@ -194,6 +196,34 @@ impl Prepared {
             place,
             dir,
             created,
+        })
+    }
+
+    /// The trigger of an automount, as the caller opened it. It waits for this very mount, and whoever walks
+    /// there waits with it; only systemd's own processes and their children do not. Blocking.
+    pub fn trigger(view: &Arc<View>, path: &Path, dir: OwnedFd) -> Result<Self, MountPointError> {
+        let unusable = |errno: Errno| MountPointError::Unusable {
+            path: path.to_owned(),
+            source: errno.into(),
+        };
+        if fstatfs(&dir).map_err(unusable)?.filesystem_type() != AUTOFS_SUPER_MAGIC {
+            return Err(unusable(Errno::EINVAL));
+        }
+        let (place, dir) = view
+            .work(move |inside| (inside.path_of(dir.as_fd()), dir))
+            .map_err(|source| MountPointError::AsCaller {
+                path: path.to_owned(),
+                source,
+            })?;
+        Ok(Self {
+            view: Arc::clone(view),
+            named: path.to_owned(),
+            place: place.map_err(unusable)?,
+            dir,
+            created: Created {
+                view: Arc::clone(view),
+                made: Vec::new(),
+            },
         })
     }
 

@@ -129,7 +129,7 @@ pub struct OutputArgs {
     pub json: bool,
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 #[command(after_help = "\
 Examples:
   grid-mount mount alice:imagenet/3

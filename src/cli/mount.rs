@@ -2,7 +2,10 @@
 
 use std::{
     env,
-    os::unix::fs::MetadataExt,
+    os::{
+        fd::{AsRawFd, BorrowedFd},
+        unix::fs::MetadataExt,
+    },
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -29,8 +32,16 @@ pub const AGENT_TRIES: usize = 50;
 pub const AGENT_PAUSE: Duration = Duration::from_millis(100);
 
 pub async fn mount(args: MountArgs) -> Result<(), CliError> {
-    let settings = config::load(&Overrides::of_mount(&args))?;
-    let request = request(&args, &settings)?;
+    let info = make(&args, None).await?;
+    show(&args, &info);
+    Ok(())
+}
+
+/// Asks the agent, and starts one where there is none. `trigger` is the open mount point of an automount.
+pub async fn make(args: &MountArgs, trigger: Option<BorrowedFd<'_>>) -> Result<MountInfo, CliError> {
+    let settings = config::load(&Overrides::of_mount(args))?;
+    let mut request = request(args, &settings)?;
+    request.trigger = trigger.and_then(|trigger| u32::try_from(trigger.as_raw_fd()).ok());
     let mut last = None;
     for _ in 0..AGENT_TRIES {
         let client = match connect(&args.socket).await? {
@@ -38,10 +49,7 @@ pub async fn mount(args: MountArgs) -> Result<(), CliError> {
             None => start_agent(&settings)?,
         };
         match client.mount(&request).await {
-            Ok(info) => {
-                show(&args, &info);
-                return Ok(());
-            }
+            Ok(info) => return Ok(info),
             Err(error) if error.is_absence() => last = Some(error),
             Err(error) => return Err(CliError::failed(error)),
         }
@@ -73,6 +81,7 @@ pub fn request(args: &MountArgs, settings: &Settings) -> Result<MountRequest, Cl
         share: args.share.map(Into::into).unwrap_or_default(),
         idle_timeout: (settings.idle_timeout.source != Source::Default)
             .then(|| settings.idle_timeout.value.0.map_or(0, |time| time.as_secs())),
+        trigger: None,
     })
 }
 
