@@ -254,7 +254,8 @@ pub fn is_alive(pidfd: BorrowedFd<'_>) -> bool {
     let none = std::ptr::null::<libc::siginfo_t>();
     // SAFETY: signal 0 is never delivered; no siginfo, no flags.
     let sent = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), 0, none, 0) };
-    sent == 0
+    // Without CAP_KILL another user's process may not be signalled; but then it is there.
+    sent == 0 || Errno::last() == Errno::EPERM
 }
 
 /// The second number of the line `Uid:`: real, effective, saved, of files.

@@ -76,15 +76,23 @@ impl Overrides {
 }
 
 pub fn load(overrides: &Overrides) -> Result<Settings, CliError> {
+    let uid = nix::unistd::geteuid();
+    let account = nix::unistd::User::from_uid(uid).ok().flatten();
+    let mut environment: BTreeMap<_, _> = unicode_environment().collect();
+    // mount(8) takes it away from users; root's services never had one.
+    if let (Some(account), false) = (&account, uid.is_root())
+        && let Some(home) = account.dir.to_str()
+    {
+        environment
+            .entry("HOME".to_owned())
+            .or_insert_with(|| home.to_owned());
+    }
     let inputs = Inputs {
         flags: overrides.flags.clone(),
-        environment: unicode_environment().collect(),
+        environment,
         host_file: overrides.host_file.clone(),
-        login: nix::unistd::User::from_uid(nix::unistd::geteuid())
-            .ok()
-            .flatten()
-            .map(|user| user.name),
-        is_root: nix::unistd::geteuid().is_root(),
+        login: account.map(|account| account.name),
+        is_root: uid.is_root(),
     };
     Settings::load(&inputs).map_err(CliError::usage)
 }
