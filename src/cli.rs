@@ -11,6 +11,7 @@ mod mount_grid;
 mod output;
 mod progress;
 mod publish;
+mod session;
 mod status;
 mod warm;
 
@@ -79,6 +80,7 @@ fn run(command: Command) -> Result<(), CliError> {
         Command::Register(args) => block_on(publish::register(args)),
         Command::Cache(args) => block_on(cache::cache(args.command)),
         Command::Warm(args) => block_on(warm::warm(args)),
+        Command::Session(args) => block_on(session::session(args.command)),
         Command::Config(args) => config::show(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Agent(args) => agent::agent(args),

@@ -88,6 +88,10 @@ impl RuntimeDir {
         Ok(Self { dir })
     }
 
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
     pub fn socket(&self) -> PathBuf {
         self.dir.join("agent.sock")
     }

@@ -68,6 +68,8 @@ pub enum Command {
     Cache(CacheArgs),
     /// Bring a version, or a part of it, into the cache ahead of its readers
     Warm(WarmArgs),
+    /// Mount what a session's spec names, all at once, and keep at it
+    Session(SessionArgs),
     /// Print the settings in force and where each came from
     Config(ConfigArgs),
     /// Publish, mount and compare a small real data set
@@ -172,6 +174,16 @@ pub struct MountArgs {
 pub enum ShareArg {
     Group,
     All,
+}
+
+impl ShareArg {
+    /// As it is typed.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Group => "group",
+            Self::All => "all",
+        }
+    }
 }
 
 impl From<ShareArg> for Share {
@@ -409,6 +421,112 @@ pub struct WarmArgs {
     pub catalog: CatalogArgs,
     #[command(flatten)]
     pub agent: AgentSettingArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  grid-mount session start --spec session.toml
+  GRID_DATASTORES='alice:imagenet/3 bob:coco=/data/coco' grid-mount session start
+  grid-mount session add alice:voc --optional
+  grid-mount session stop
+A spec is TOML: [[datastore]] with ref, and as wished path, required, prefetch, subdir.")]
+pub struct SessionArgs {
+    #[command(subcommand)]
+    pub command: SessionCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum SessionCommand {
+    /// Mount everything; fails if something required cannot be
+    #[command(after_help = "Example:\n  grid-mount session start --spec session.toml --wait 30")]
+    Start(SessionStartArgs),
+    /// Unmount everything it mounted
+    #[command(after_help = "Example:\n  grid-mount session stop")]
+    Stop(SessionCommonArgs),
+    /// Show what became of each datastore
+    #[command(after_help = "Example:\n  grid-mount session status --json")]
+    Status(SessionStatusArgs),
+    /// Add a datastore to the running session
+    #[command(after_help = "Example:\n  grid-mount session add alice:voc /data/voc --optional")]
+    Add(SessionAddArgs),
+    /// Take a datastore from the running session
+    #[command(after_help = "Example:\n  grid-mount session remove alice:voc")]
+    Remove(SessionRemoveArgs),
+    /// Try again what is waiting, until nothing is
+    #[command(hide = true, after_help = "Example:\n  grid-mount session retry")]
+    Retry(SessionRetryArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct SessionCommonArgs {
+    #[command(flatten)]
+    pub socket: SocketArgs,
+    #[command(flatten)]
+    pub catalog: CatalogArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct SessionStartArgs {
+    /// What to mount; otherwise GRID_DATASTORES, /etc/grid-mount/session.toml or
+    /// ~/.config/grid-mount/session.toml
+    #[arg(long, value_name = "FILE")]
+    pub spec: Option<PathBuf>,
+    /// How long to try what is required
+    #[arg(long, value_name = "SECONDS", default_value_t = 0, hide_default_value = true)]
+    pub wait: u64,
+    /// Who else may read it: my group, or all (the default for root's sessions)
+    #[arg(long, value_enum, value_name = "WITH")]
+    pub share: Option<ShareArg>,
+    #[command(flatten)]
+    pub common: SessionCommonArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct SessionAddArgs {
+    #[arg(value_name = "REF")]
+    pub reference: String,
+    /// Default: its name, below the session's root
+    #[arg(value_name = "PATH")]
+    pub path: Option<PathBuf>,
+    /// Try again in the background if it cannot be mounted
+    #[arg(long)]
+    pub optional: bool,
+    /// Show this directory of it only
+    #[arg(long, value_name = "DIR")]
+    pub subdir: Option<PathBuf>,
+    /// How long to try
+    #[arg(long, value_name = "SECONDS", default_value_t = 0, hide_default_value = true)]
+    pub wait: u64,
+    /// Who else may read it: my group, or all (the default for root's sessions)
+    #[arg(long, value_enum, value_name = "WITH")]
+    pub share: Option<ShareArg>,
+    #[command(flatten)]
+    pub common: SessionCommonArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct SessionRetryArgs {
+    /// Who else may read it: my group, or all (the default for root's sessions)
+    #[arg(long, value_enum, value_name = "WITH")]
+    pub share: Option<ShareArg>,
+    #[command(flatten)]
+    pub common: SessionCommonArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct SessionStatusArgs {
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct SessionRemoveArgs {
+    /// As it was asked for, what it resolved to, or where it is
+    #[arg(value_name = "REF|PATH")]
+    pub target: String,
+    #[command(flatten)]
+    pub common: SessionCommonArgs,
 }
 
 #[derive(Debug, Args)]

@@ -138,9 +138,7 @@ impl Place {
     }
 
     pub fn lock(&self) -> io::Result<Locked<'_>> {
-        let lock = self
-            .hold("lock", LOCK_DEADLINE)?
-            .ok_or(io::ErrorKind::TimedOut)?;
+        let lock = self.hold("lock", LOCK_DEADLINE)?.ok_or(io::ErrorKind::TimedOut)?;
         Ok(Locked {
             place: self,
             _lock: lock,
