@@ -7,9 +7,11 @@ mod catalog;
 mod config;
 mod demo;
 mod mount;
+mod mount_grid;
 mod output;
 mod progress;
 mod publish;
+mod session;
 mod status;
 mod warm;
 
@@ -46,6 +48,9 @@ impl CliError {
 
 /// The program: parses, runs, prints what failed. 0 done, 1 failed, 2 usage.
 pub fn main() -> ExitCode {
+    if mount_grid::is_called() {
+        return mount_grid::main();
+    }
     let cli = Cli::from_process();
     let command = cli.command.unwrap_or(Command::Mount(cli.mount));
     match run(command) {
@@ -75,6 +80,7 @@ fn run(command: Command) -> Result<(), CliError> {
         Command::Register(args) => block_on(publish::register(args)),
         Command::Cache(args) => block_on(cache::cache(args.command)),
         Command::Warm(args) => block_on(warm::warm(args)),
+        Command::Session(args) => block_on(session::session(args.command)),
         Command::Config(args) => config::show(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Agent(args) => agent::agent(args),

@@ -22,4 +22,5 @@ pub mod pin;
 pub mod prefetch_policy;
 pub mod publish;
 pub mod reference;
+pub mod session;
 pub mod tree;

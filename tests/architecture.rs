@@ -36,6 +36,8 @@ const ARROWS: &[(&str, &[&str])] = &[
             "keeper",
         ],
     ),
+    // It asks an agent as a user would, and reads what was resolved.
+    ("session", &["agent", "reference"]),
     (
         "cli",
         &[
@@ -46,6 +48,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "publish",
             "reference",
             "origin",
+            "session",
         ],
     ),
 ];

@@ -17,7 +17,11 @@ use std::{
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::{control::MountRequest, mount_point::MountPoint};
+use super::{
+    control::MountRequest,
+    mount_point::{Elsewhere, MountPoint},
+    systemd::Manager,
+};
 use crate::{
     catalog::Record,
     fuse::{self, Mounted, SUBTYPE},
@@ -40,6 +44,9 @@ pub struct Remembered {
     pub created: Vec<PathBuf>,
     pub since: jiff::Timestamp,
     pub record: Record,
+    /// Whose it is and where, of an agent of many users.
+    #[serde(default)]
+    pub elsewhere: Option<Elsewhere>,
     /// Absent while the mount is being made.
     #[serde(default)]
     pub state: Option<MountState>,
@@ -50,6 +57,8 @@ pub struct Remembered {
 pub enum KeptBy {
     /// The parent of a user's own agent.
     Keeper(Link),
+    /// The store of the system's service.
+    Systemd(Arc<Manager>),
     /// Mounts end with this agent.
     #[default]
     Nobody,
@@ -65,7 +74,7 @@ impl KeptBy {
     /// Whether there is any use in writing down what the next agent would need beside the descriptor.
     fn outlives_this_agent(&self) -> bool {
         match self {
-            Self::Keeper(_) => true,
+            Self::Keeper(_) | Self::Systemd(_) => true,
             Self::Nobody => false,
         }
     }
@@ -75,6 +84,7 @@ impl KeptBy {
     fn keep(&self, name: &str, memo: &str, descriptor: BorrowedFd<'_>) -> Result<(), KeeperError> {
         match self {
             Self::Keeper(link) => link.keep(name, memo, descriptor),
+            Self::Systemd(manager) => manager.keep(name, memo, descriptor),
             Self::Nobody => Ok(()),
         }
     }
@@ -82,6 +92,7 @@ impl KeptBy {
     fn let_go(&self, name: &str) -> Result<(), KeeperError> {
         match self {
             Self::Keeper(link) => link.release(name),
+            Self::Systemd(manager) => manager.let_go(name),
             Self::Nobody => Ok(()),
         }
     }
@@ -90,7 +101,8 @@ impl KeptBy {
     fn serving(&self) -> Result<(), KeeperError> {
         match self {
             Self::Keeper(link) => link.serving(),
-            Self::Nobody => Ok(()),
+            // It hears of this when the whole agent is ready.
+            Self::Systemd(_) | Self::Nobody => Ok(()),
         }
     }
 }
@@ -128,6 +140,7 @@ impl Keeping {
         let dir = self.dir.as_ref()?;
         let mut request = request.clone();
         request.store_settings = StoreSettings::default();
+        request.trigger = None;
         let entry = Entry {
             path: dir.join(format!("{:016x}.json", rand::random::<u64>())),
             remembered: Remembered {
@@ -137,6 +150,7 @@ impl Keeping {
                 created: point.created().to_vec(),
                 since: jiff::Timestamp::now(),
                 record: record.clone(),
+                elsewhere: point.elsewhere().cloned(),
                 state: None,
             },
             keeping: Arc::clone(self),
@@ -325,10 +339,8 @@ impl Entry {
             }
         }
         if dead || !there {
-            drop(MountPoint::inherited(
-                point.clone(),
-                self.remembered.created.clone(),
-            ));
+            let made = MountPoint::inherited(point.clone(), self.remembered.created.clone());
+            drop(made.at(self.remembered.elsewhere.clone()));
         }
         dead
     }

@@ -4,13 +4,16 @@ use std::{io, ops::Range, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::TryStreamExt;
 
-use super::sums::SumsPart;
+use super::{
+    access::{Access, AccessError, Asked, Caller},
+    sums::SumsPart,
+};
 use crate::{
     cache::{Cache, CacheError, TreeHandle},
     catalog::{self, Catalog, CatalogError, OriginLocation, Record, TreePart},
     fetch::{FetchObject, Fetcher, Source},
     fs::{
-        self, GridFs, Owner,
+        self, GridFs, Owner, Share,
         fetched::{Fetched, Sources},
     },
     origin::{Deadlines, OriginError, Pin, Store, StoreSettings, StoreUrl},
@@ -27,6 +30,8 @@ const CHUNKS_IN_FLIGHT: usize = 16;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SnapshotError {
+    #[error(transparent)]
+    Access(#[from] AccessError),
     #[error(transparent)]
     Catalog(#[from] CatalogError),
     #[error("its origin cannot be opened")]
@@ -64,6 +69,17 @@ pub struct Resolved {
     pub catalog_url: StoreUrl,
     /// Where the objects lie; no retries of its own.
     pub origin: Store,
+    /// Who may share its cached bytes.
+    domain: String,
+}
+
+/// Who asks, and of whom.
+#[derive(Clone, Copy)]
+pub struct Asking<'a> {
+    pub access: &'a Access,
+    pub caller: &'a Caller,
+    /// The caller's.
+    pub settings: &'a StoreSettings,
 }
 
 /// A snapshot whose tree is here.
@@ -74,44 +90,52 @@ pub struct Snapshot {
     pub handle: TreeHandle,
 }
 
+fn open_catalog(url: &StoreUrl, asking: Asking<'_>) -> Result<Arc<dyn Catalog>, SnapshotError> {
+    let granted = asking
+        .access
+        .grant(asking.caller, url, Asked::Catalog, asking.settings)?;
+    Ok(catalog::open(url, &granted.settings, &Deadlines::control())?)
+}
+
 impl Resolved {
     pub async fn new(
         reference: &Reference,
         catalog_url: &StoreUrl,
         user: &UserName,
-        settings: &StoreSettings,
+        asking: Asking<'_>,
     ) -> Result<Self, SnapshotError> {
-        let catalog = catalog::open(catalog_url, settings, &Deadlines::control())?;
+        let catalog = open_catalog(catalog_url, asking)?;
         let record = catalog.resolve(reference, user).await?;
-        Self::with(record, catalog, catalog_url, settings)
+        Self::with(record, catalog, catalog_url, asking)
     }
 
     /// As it was resolved before: asks nobody.
-    pub fn again(
-        record: Record,
-        catalog_url: &StoreUrl,
-        settings: &StoreSettings,
-    ) -> Result<Self, SnapshotError> {
-        let catalog = catalog::open(catalog_url, settings, &Deadlines::control())?;
-        Self::with(record, catalog, catalog_url, settings)
+    pub fn again(record: Record, catalog_url: &StoreUrl, asking: Asking<'_>) -> Result<Self, SnapshotError> {
+        let catalog = open_catalog(catalog_url, asking)?;
+        Self::with(record, catalog, catalog_url, asking)
     }
 
     fn with(
         record: Record,
         catalog: Arc<dyn Catalog>,
         catalog_url: &StoreUrl,
-        settings: &StoreSettings,
+        asking: Asking<'_>,
     ) -> Result<Self, SnapshotError> {
         let url = match &record.origin {
             OriginLocation::Catalog => catalog.store().url().clone(),
             OriginLocation::Url(url) => url.clone(),
         };
-        let origin = Store::open(&url, settings, &Deadlines::data()).map_err(SnapshotError::Origin)?;
+        let granted = asking
+            .access
+            .grant(asking.caller, &url, Asked::Origin, asking.settings)?;
+        let origin =
+            Store::open(&url, &granted.settings, &Deadlines::data()).map_err(SnapshotError::Origin)?;
         Ok(Self {
             record,
             catalog,
             catalog_url: catalog_url.clone(),
             origin,
+            domain: granted.domain,
         })
     }
 
@@ -246,28 +270,23 @@ impl Snapshot {
         }
     }
 
-    /// One object of the tree as the mounts of `uid` open it.
-    pub fn object(
-        &self,
-        fetcher: &Arc<Fetcher>,
-        uid: u32,
-        number: ObjectNo,
-    ) -> Result<Arc<FetchObject>, TreeError> {
-        Ok(fetcher.open(&domain(uid), self.sources().source(number)?))
+    /// One object of the tree as the mounts of whoever asked for it open it.
+    pub fn object(&self, fetcher: &Arc<Fetcher>, number: ObjectNo) -> Result<Arc<FetchObject>, TreeError> {
+        Ok(fetcher.open(&self.resolved.domain, self.sources().source(number)?))
     }
 
     /// The snapshot as a file system of `owner`'s.
     pub fn file_system(
         &self,
         fetcher: &Arc<Fetcher>,
-        owner: Owner,
+        (owner, share): (Owner, Share),
         prefetch: PrefetchPolicy,
         runtime: &tokio::runtime::Handle,
     ) -> GridFs {
         let content = Arc::new(Fetched::new(
             Arc::clone(fetcher),
             self.sources(),
-            domain(owner.uid),
+            self.resolved.domain.clone(),
             prefetch,
             runtime,
         ));
@@ -280,12 +299,8 @@ impl Snapshot {
             },
             owner,
         )
+        .shared(share)
     }
-}
-
-/// Cached bytes are shared by whoever has this user's permissions: the user.
-fn domain(uid: u32) -> String {
-    format!("uid {uid}")
 }
 
 /// The tree's objects in the version's origin.

@@ -14,10 +14,13 @@ use crate::causes::in_one_line;
 use crate::{
     agent::{
         Agent,
+        access::{Access, Caller},
         keeping::{self, Keeping, KeptBy},
-        launch::{KeeperLock, LaunchError, Readiness, SocketLock},
+        launch::{self, KeeperLock, LaunchError, Readiness, SYSTEM_SOCKET, SocketLock},
         server,
+        systemd::{self, Given, Manager, Wish},
     },
+    config::{LogFormat, LogLevel},
     keeper::{self, End, Limits, Plan},
 };
 
@@ -48,7 +51,7 @@ pub fn agent(args: AgentArgs) -> Result<(), CliError> {
 
 /// The agent's parent. It has one thread, and opens nothing but its log, its lock and what it keeps.
 fn keep(args: &AgentArgs) -> Result<(), CliError> {
-    start_logging();
+    start_logging(LogFormat::Text, LogLevel::Info)?;
     // SAFETY: as in `agent`. Whoever waits hears the first agent, which has inherited the descriptor; this
     // one is closed once that runs.
     let mut readiness = match args.ready_fd {
@@ -56,7 +59,7 @@ fn keep(args: &AgentArgs) -> Result<(), CliError> {
         None => Readiness::none(),
     };
     let prepared = (|| {
-        let settings = config::load(&Overrides::of(&Default::default(), &args.agent))?;
+        let settings = config::load(&Overrides::of_agent(args))?;
         let socket = own_socket(&args.socket)?;
         let program = std::env::current_exe().map_err(CliError::failed)?;
         Ok((settings, socket, program))
@@ -103,12 +106,40 @@ fn keep(args: &AgentArgs) -> Result<(), CliError> {
 }
 
 fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliError> {
-    start_logging();
-    let settings = config::load(&Overrides::of(&Default::default(), &args.agent))?;
-    let socket = own_socket(&args.socket)?;
-    let (kept_by, held) = match args.kept {
-        false => (KeptBy::Nobody, Vec::new()),
-        true => {
+    let overrides = Overrides::of_agent(args);
+    let settings = config::load(&overrides)?;
+    start_logging(settings.log_format.value, settings.log_level.value)?;
+    // A user's own goes with its mounts; root's, started to stay, is for all.
+    let everybody = nix::unistd::geteuid().is_root() && !args.on_demand && !args.socket.own_agent;
+    let socket = match (everybody, mount::named_socket(&args.socket)) {
+        (false, _) => own_socket(&args.socket)?,
+        (true, named) => {
+            let socket = named.unwrap_or_else(|| SYSTEM_SOCKET.into());
+            launch::shared_dir(&socket).map_err(CliError::failed)?;
+            socket
+        }
+    };
+    let access = match everybody {
+        true => Access::everybody(config::rules(&settings)?),
+        false => Access::own(),
+    };
+    // A user's own agent may be started from within a unit that is none of ours.
+    let manager = match args.on_demand || args.kept {
+        true => None,
+        false => Manager::of_this_process()
+            .map_err(CliError::failed)?
+            .map(Arc::new),
+    };
+    let mut control = None;
+    let (kept_by, held) = match (&manager, args.kept) {
+        (None, false) => (KeptBy::Nobody, Vec::new()),
+        (Some(manager), false) => {
+            // SAFETY: the first and only time, and nothing else here takes numbers it did not open.
+            let given = unsafe { Given::take() };
+            control = given.control;
+            (KeptBy::Systemd(Arc::clone(manager)), given.held)
+        }
+        (_, true) => {
             let socket = std::io::stdin()
                 .as_fd()
                 .try_clone_to_owned()
@@ -120,7 +151,7 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
         true => SocketLock::acquire_kept(&socket),
         false => SocketLock::acquire(&socket),
     };
-    let lock = match lock {
+    let mut lock = match lock {
         Err(LaunchError::AlreadyRunning { .. }) if args.on_demand && held.is_empty() => {
             readiness.already_running();
             return Ok(());
@@ -130,14 +161,25 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
     let runtime = runtime()?;
     let result = runtime.block_on(async {
         let keeping = Keeping::beside(&socket, kept_by);
-        let agent = Agent::new(config::agent_config(&settings)?, keeping).map_err(CliError::failed)?;
+        let agent =
+            Agent::new(config::agent_config(&settings)?, keeping, access).map_err(CliError::failed)?;
         // Before anything is resumed: a failure from then on would end what lives.
-        let listener = lock.bind().map_err(CliError::failed)?;
+        let listener = match control {
+            Some(control) => lock.adopt(control),
+            None => lock.bind(everybody),
+        }
+        .map_err(CliError::failed)?;
         // Only for what has to be mounted again: no reason not to start.
         agent
             .resume(held, &config::store_settings().unwrap_or_default())
             .await;
-        serve(&agent, listener, args.on_demand, || readiness.ready()).await
+        let ready = || {
+            readiness.ready();
+            if let Some(manager) = &manager {
+                begin_under(manager, &agent);
+            }
+        };
+        serve(&agent, listener, args.on_demand, manager.as_deref(), ready).await
     });
     runtime.shutdown_timeout(Duration::from_secs(5));
     drop(lock);
@@ -146,8 +188,8 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
 
 /// An agent in the foreground with one mount, until that is unmounted or a signal comes.
 pub fn foreground(args: MountArgs) -> Result<(), CliError> {
-    start_logging();
     let settings = config::load(&Overrides::of_mount(&args))?;
+    start_logging(settings.log_format.value, settings.log_level.value)?;
     let request = mount::request(&args, &settings)?;
     let socket = own_socket(&args.socket)?;
     let lock = SocketLock::acquire(&socket).map_err(|error| match error {
@@ -163,11 +205,15 @@ pub fn foreground(args: MountArgs) -> Result<(), CliError> {
     let runtime = runtime()?;
     let result = runtime.block_on(async {
         let keeping = Keeping::beside(&socket, KeptBy::Nobody);
-        let agent = Agent::new(config::agent_config(&settings)?, keeping).map_err(CliError::failed)?;
-        let listener = lock.bind().map_err(CliError::failed)?;
+        let agent =
+            Agent::new(config::agent_config(&settings)?, keeping, Access::own()).map_err(CliError::failed)?;
+        let listener = lock.bind(false).map_err(CliError::failed)?;
         agent.resume(Vec::new(), &request.store_settings).await;
-        let info = agent.mount(request).await.map_err(CliError::failed)?;
-        let serving = serve(&agent, listener, true, || mount::show(&args, &info));
+        let info = agent
+            .mount(&Caller::this_process(), request)
+            .await
+            .map_err(CliError::failed)?;
+        let serving = serve(&agent, listener, true, None, || mount::show(&args, &info));
         serving.await
     });
     runtime.shutdown_timeout(Duration::from_secs(5));
@@ -175,11 +221,45 @@ pub fn foreground(args: MountArgs) -> Result<(), CliError> {
     result
 }
 
-/// Serves the socket until a signal comes or, on demand, the last mount has gone; then unmounts everything.
+/// Tells systemd that the agent is ready, and from then on that it is well.
+fn begin_under(manager: &Arc<Manager>, agent: &Arc<Agent>) {
+    let mounts = agent.mount_count();
+    if let Err(error) = manager.ready(&format!("serving, {mounts} mounts resumed")) {
+        tracing::warn!(%error, "systemd does not know that this agent is ready");
+    }
+    let Some(patience) = manager.watchdog else {
+        return;
+    };
+    let (manager, agent) = (Arc::clone(manager), Arc::clone(agent));
+    tokio::spawn(async move {
+        loop {
+            // Hangs where the agent does: the runtime that runs this, the table that every request needs.
+            agent.mount_count();
+            if let Err(error) = manager.well() {
+                tracing::warn!(%error, "systemd does not know that this agent is well");
+            }
+            tokio::time::sleep(patience / 3).await;
+        }
+    });
+}
+
+/// Ends this process and leaves its mounts to the next one: dropping them would unmount them.
+fn leave(agent: &Agent, manager: &Manager) -> ! {
+    let mounts = agent.mount_count();
+    tracing::info!(mounts, "leaving the mounts to the next agent");
+    // Whether systemd hears it or not, the next one comes.
+    let _ = manager.stopping("leaving the mounts to the next agent");
+    agent.leave();
+    std::process::exit(0)
+}
+
+/// Serves the socket until a signal comes or, on demand, the last mount has gone; then unmounts everything,
+/// unless systemd is about to start another agent.
 async fn serve(
     agent: &Arc<Agent>,
     listener: std::os::unix::net::UnixListener,
     on_demand: bool,
+    manager: Option<&Manager>,
     ready: impl FnOnce(),
 ) -> Result<(), CliError> {
     let listener = tokio::net::UnixListener::from_std(listener).map_err(CliError::failed)?;
@@ -205,7 +285,14 @@ async fn serve(
     tokio::select! {
         () = idle => tracing::info!("the last mount has gone: ending"),
         _ = interrupt.recv() => tracing::info!("interrupted: unmounting"),
-        _ = terminate.recv() => tracing::info!("asked to end: unmounting"),
+        _ = terminate.recv() => {
+            if let Some(manager) = manager
+                && systemd::wish().await == Wish::GoOn
+            {
+                leave(agent, manager);
+            }
+            tracing::info!("asked to end: unmounting");
+        }
     }
     agent.shut_down().await;
     let _ = stop.send(());
@@ -231,14 +318,19 @@ fn runtime() -> Result<tokio::runtime::Runtime, CliError> {
         .map_err(CliError::failed)
 }
 
-/// To standard error, which is the log file of an agent started on demand. `GRID_MOUNT_LOG` filters
-/// (`info`, `grid_mount=debug`).
-fn start_logging() {
+/// To standard error, which is the log file of an agent started on demand, and the journal of a service.
+/// `GRID_MOUNT_LOG` filters finer than a level (`info`, `grid_mount=debug`).
+fn start_logging(format: LogFormat, level: LogLevel) -> Result<(), CliError> {
     let filter = tracing_subscriber::EnvFilter::try_from_env("GRID_MOUNT_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    let _ = tracing_subscriber::fmt()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level.to_string()));
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(output::stderr_is_terminal() && std::env::var_os("NO_COLOR").is_none())
-        .try_init();
+        .with_ansi(output::stderr_is_terminal() && std::env::var_os("NO_COLOR").is_none());
+    // One that is there already stays.
+    let _ = match format {
+        LogFormat::Text => log.try_init(),
+        LogFormat::Json => log.json().flatten_event(true).try_init(),
+    };
+    Ok(())
 }

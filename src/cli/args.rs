@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
-use crate::agent::control::IoModeWish;
+use crate::agent::control::{IoModeWish, Share};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -68,6 +68,8 @@ pub enum Command {
     Cache(CacheArgs),
     /// Bring a version, or a part of it, into the cache ahead of its readers
     Warm(WarmArgs),
+    /// Mount what a session's spec names, all at once, and keep at it
+    Session(SessionArgs),
     /// Print the settings in force and where each came from
     Config(ConfigArgs),
     /// Publish, mount and compare a small real data set
@@ -129,7 +131,7 @@ pub struct OutputArgs {
     pub json: bool,
 }
 
-#[derive(Debug, Args)]
+#[derive(Debug, Default, Args)]
 #[command(after_help = "\
 Examples:
   grid-mount mount alice:imagenet/3
@@ -152,6 +154,12 @@ pub struct MountArgs {
     /// What to fetch before it is asked for: auto, none or all
     #[arg(long, value_name = "WHAT")]
     pub prefetch: Option<String>,
+    /// Let my group, or all, read it; mine alone otherwise
+    #[arg(long, value_enum, value_name = "WITH")]
+    pub share: Option<ShareArg>,
+    /// Unmount it when nobody used it for so long: 10m, 2h, never
+    #[arg(long, value_name = "TIME")]
+    pub idle_timeout: Option<String>,
     #[command(flatten)]
     pub output: OutputArgs,
     #[command(flatten)]
@@ -160,6 +168,31 @@ pub struct MountArgs {
     pub catalog: CatalogArgs,
     #[command(flatten)]
     pub agent: AgentSettingArgs,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum ShareArg {
+    Group,
+    All,
+}
+
+impl ShareArg {
+    /// As it is typed.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Group => "group",
+            Self::All => "all",
+        }
+    }
+}
+
+impl From<ShareArg> for Share {
+    fn from(arg: ShareArg) -> Self {
+        match arg {
+            ShareArg::Group => Self::Group,
+            ShareArg::All => Self::All,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
@@ -392,6 +425,112 @@ pub struct WarmArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
+Examples:
+  grid-mount session start --spec session.toml
+  GRID_DATASTORES='alice:imagenet/3 bob:coco=/data/coco' grid-mount session start
+  grid-mount session add alice:voc --optional
+  grid-mount session stop
+A spec is TOML: [[datastore]] with ref, and as wished path, required, prefetch, subdir.")]
+pub struct SessionArgs {
+    #[command(subcommand)]
+    pub command: SessionCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum SessionCommand {
+    /// Mount everything; fails if something required cannot be
+    #[command(after_help = "Example:\n  grid-mount session start --spec session.toml --wait 30")]
+    Start(SessionStartArgs),
+    /// Unmount everything it mounted
+    #[command(after_help = "Example:\n  grid-mount session stop")]
+    Stop(SessionCommonArgs),
+    /// Show what became of each datastore
+    #[command(after_help = "Example:\n  grid-mount session status --json")]
+    Status(SessionStatusArgs),
+    /// Add a datastore to the running session
+    #[command(after_help = "Example:\n  grid-mount session add alice:voc /data/voc --optional")]
+    Add(SessionAddArgs),
+    /// Take a datastore from the running session
+    #[command(after_help = "Example:\n  grid-mount session remove alice:voc")]
+    Remove(SessionRemoveArgs),
+    /// Try again what is waiting, until nothing is
+    #[command(hide = true, after_help = "Example:\n  grid-mount session retry")]
+    Retry(SessionRetryArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct SessionCommonArgs {
+    #[command(flatten)]
+    pub socket: SocketArgs,
+    #[command(flatten)]
+    pub catalog: CatalogArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct SessionStartArgs {
+    /// What to mount; otherwise GRID_DATASTORES, /etc/grid-mount/session.toml or
+    /// ~/.config/grid-mount/session.toml
+    #[arg(long, value_name = "FILE")]
+    pub spec: Option<PathBuf>,
+    /// How long to try what is required
+    #[arg(long, value_name = "SECONDS", default_value_t = 0, hide_default_value = true)]
+    pub wait: u64,
+    /// Who else may read it: my group, or all (the default for root's sessions)
+    #[arg(long, value_enum, value_name = "WITH")]
+    pub share: Option<ShareArg>,
+    #[command(flatten)]
+    pub common: SessionCommonArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct SessionAddArgs {
+    #[arg(value_name = "REF")]
+    pub reference: String,
+    /// Default: its name, below the session's root
+    #[arg(value_name = "PATH")]
+    pub path: Option<PathBuf>,
+    /// Try again in the background if it cannot be mounted
+    #[arg(long)]
+    pub optional: bool,
+    /// Show this directory of it only
+    #[arg(long, value_name = "DIR")]
+    pub subdir: Option<PathBuf>,
+    /// How long to try
+    #[arg(long, value_name = "SECONDS", default_value_t = 0, hide_default_value = true)]
+    pub wait: u64,
+    /// Who else may read it: my group, or all (the default for root's sessions)
+    #[arg(long, value_enum, value_name = "WITH")]
+    pub share: Option<ShareArg>,
+    #[command(flatten)]
+    pub common: SessionCommonArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct SessionRetryArgs {
+    /// Who else may read it: my group, or all (the default for root's sessions)
+    #[arg(long, value_enum, value_name = "WITH")]
+    pub share: Option<ShareArg>,
+    #[command(flatten)]
+    pub common: SessionCommonArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct SessionStatusArgs {
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+#[derive(Debug, Args)]
+pub struct SessionRemoveArgs {
+    /// As it was asked for, what it resolved to, or where it is
+    #[arg(value_name = "REF|PATH")]
+    pub target: String,
+    #[command(flatten)]
+    pub common: SessionCommonArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
 Example:
   grid-mount config --json
 Flags beat the environment, which beats ~/.config/grid-mount/config.toml, which beats
@@ -421,10 +560,25 @@ pub struct DemoArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Example:
-  grid-mount agent --socket /run/user/1000/grid-mount/agent.sock
-Any `grid-mount REF` starts one by itself; it ends with its last mount.")]
+Examples:
+  grid-mount agent                             root's: for every user of this host
+  grid-mount agent --own-agent                 mine alone
+  grid-mount agent --log-format json --idle-timeout 12h
+Any `grid-mount REF` starts one of its user's, which ends with its last mount.
+SIGHUP reads the settings again; SIGTERM unmounts everything and ends.")]
 pub struct AgentArgs {
+    /// Read this file in place of /etc/grid-mount/config.toml
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Unmount what nobody used for so long, if its mount says nothing else
+    #[arg(long, value_name = "TIME")]
+    pub idle_timeout: Option<String>,
+    /// text or json
+    #[arg(long, value_name = "FORM")]
+    pub log_format: Option<String>,
+    /// error, warn, info, debug or trace; GRID_MOUNT_LOG filters finer
+    #[arg(long, value_name = "LEVEL")]
+    pub log_level: Option<String>,
     /// End with the last mount
     #[arg(long)]
     pub on_demand: bool,

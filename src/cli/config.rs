@@ -1,30 +1,55 @@
 //! Settings at the edge: from flags and the process's environment into plain structs.
 
-use std::{collections::BTreeMap, env, io, path::Path};
+use std::{
+    collections::BTreeMap,
+    env, io,
+    path::{Path, PathBuf},
+};
 
 use super::{
     CliError,
-    args::{AgentSettingArgs, CatalogArgs, ConfigArgs, MountArgs},
+    args::{AgentArgs, AgentSettingArgs, CatalogArgs, ConfigArgs, MountArgs},
     output,
 };
 use crate::{
-    agent::{AgentConfig, CacheConfig, FetchConfig, VerifyPolicy},
-    config::{Inputs, Settings},
+    agent::{AgentConfig, CacheConfig, FetchConfig, VerifyPolicy, access::Rules},
+    config::{Inputs, Settings, Source},
     origin::StoreSettings,
 };
 
 /// What the flags say, by setting.
 #[derive(Default)]
-pub struct Overrides(BTreeMap<&'static str, String>);
+pub struct Overrides {
+    flags: BTreeMap<&'static str, String>,
+    host_file: Option<PathBuf>,
+}
 
 impl Overrides {
     /// Of a mount: its prefetching besides.
     pub fn of_mount(args: &MountArgs) -> Self {
-        let mut overrides = Self::of(&args.catalog, &args.agent);
-        if let Some(prefetch) = &args.prefetch {
-            overrides.0.insert("prefetch", prefetch.clone());
+        Self::of(&args.catalog, &args.agent)
+            .and([("prefetch", &args.prefetch), ("idle_timeout", &args.idle_timeout)])
+    }
+
+    /// Of the `agent` command.
+    pub fn of_agent(args: &AgentArgs) -> Self {
+        Self {
+            host_file: args.config.clone(),
+            ..Self::of(&Default::default(), &args.agent)
         }
-        overrides
+        .and([
+            ("idle_timeout", &args.idle_timeout),
+            ("log_format", &args.log_format),
+            ("log_level", &args.log_level),
+        ])
+    }
+
+    fn and<const N: usize>(mut self, given: [(&'static str, &Option<String>); N]) -> Self {
+        let given = given
+            .into_iter()
+            .filter_map(|(key, value)| Some((key, value.clone()?)));
+        self.flags.extend(given);
+        self
     }
 
     pub fn of(catalog: &CatalogArgs, agent: &AgentSettingArgs) -> Self {
@@ -40,25 +65,34 @@ impl Overrides {
             ("connections", agent.connections.clone()),
             ("read_deadline", agent.read_deadline.clone()),
         ];
-        Self(
-            given
+        Self {
+            flags: given
                 .into_iter()
                 .filter_map(|(key, value)| Some((key, value?)))
                 .collect(),
-        )
+            host_file: None,
+        }
     }
 }
 
 pub fn load(overrides: &Overrides) -> Result<Settings, CliError> {
+    let uid = nix::unistd::geteuid();
+    let account = nix::unistd::User::from_uid(uid).ok().flatten();
+    let mut environment: BTreeMap<_, _> = unicode_environment().collect();
+    // mount(8) takes it away from users; root's services never had one.
+    if let (Some(account), false) = (&account, uid.is_root())
+        && let Some(home) = account.dir.to_str()
+    {
+        environment
+            .entry("HOME".to_owned())
+            .or_insert_with(|| home.to_owned());
+    }
     let inputs = Inputs {
-        flags: overrides.0.clone(),
-        environment: unicode_environment().collect(),
-        host_file: None,
-        login: nix::unistd::User::from_uid(nix::unistd::geteuid())
-            .ok()
-            .flatten()
-            .map(|user| user.name),
-        is_root: nix::unistd::geteuid().is_root(),
+        flags: overrides.flags.clone(),
+        environment,
+        host_file: overrides.host_file.clone(),
+        login: account.map(|account| account.name),
+        is_root: uid.is_root(),
     };
     Settings::load(&inputs).map_err(CliError::usage)
 }
@@ -68,9 +102,44 @@ fn unicode_environment() -> impl Iterator<Item = (String, String)> {
     env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
 }
 
-/// The caller's object-store settings, profile included: they travel with each request.
+/// The caller's object-store settings, profile included: they travel with each request. Under systemd those of
+/// its credential `grid-mount.env` besides, where the environment does not have them.
 pub fn store_settings() -> Result<StoreSettings, CliError> {
-    StoreSettings::from_env().map_err(CliError::failed)
+    let mut settings = StoreSettings::from_env().map_err(CliError::failed)?;
+    let Some(dir) = env::var_os("CREDENTIALS_DIRECTORY") else {
+        return Ok(settings);
+    };
+    let path = Path::new(&dir).join(SYSTEMD_CREDENTIAL);
+    match std::fs::read_to_string(&path) {
+        Ok(text) => {
+            for (name, value) in assignments(&text) {
+                if settings.get(name).is_none() {
+                    settings.set(name, value);
+                }
+            }
+            Ok(settings)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(settings),
+        Err(error) => Err(CliError::Failed(
+            format!("{} cannot be read: {error}", path.display()).into(),
+        )),
+    }
+}
+
+/// As in `LoadCredential=` of the units.
+const SYSTEMD_CREDENTIAL: &str = "grid-mount.env";
+
+/// Lines of `NAME=value`, as systemd's environment files and shells have them.
+fn assignments(text: &str) -> impl Iterator<Item = (&str, &str)> {
+    text.lines().filter_map(|line| {
+        let line = line.trim();
+        let (name, value) = line.strip_prefix("export ").unwrap_or(line).split_once('=')?;
+        let value = value.trim();
+        let unquoted = ['"', '\'']
+            .into_iter()
+            .find_map(|quote| value.strip_prefix(quote)?.strip_suffix(quote));
+        (!name.starts_with('#')).then_some((name.trim(), unquoted.unwrap_or(value)))
+    })
 }
 
 /// The `agent` subcommand's flags that give a new agent these settings.
@@ -78,7 +147,8 @@ pub fn agent_arguments(settings: &Settings) -> Vec<String> {
     settings
         .explain()
         .into_iter()
-        .filter(|line| !matches!(line.key, "catalog" | "user" | "prefetch"))
+        // What concerns the caller travels with each request.
+        .filter(|line| !matches!(line.key, "catalog" | "user" | "prefetch" | "idle_timeout"))
         .map(|line| format!("--{}={}", line.key.replace('_', "-"), line.value))
         .collect()
 }
@@ -101,6 +171,34 @@ pub fn agent_config(settings: &Settings) -> Result<AgentConfig, CliError> {
             // memory is the tighter bound.
             max_readahead: 256 << 20,
         },
+        idle_timeout: settings.idle_timeout.value.0,
+    })
+}
+
+/// What an agent of many users lets them do.
+pub fn rules(settings: &Settings) -> Result<Rules, CliError> {
+    let shared = &settings.shared_agent;
+    let mut catalogs = shared.catalogs.clone();
+    // The catalog that the host's settings name is everybody's.
+    if settings.catalog.source != Source::Default {
+        catalogs.push(settings.catalog.value.clone());
+    }
+    let group = match &shared.group {
+        None => None,
+        Some(name) => match nix::unistd::Group::from_name(name).map_err(CliError::failed)? {
+            Some(group) => Some(group.gid.as_raw()),
+            None => {
+                let message = format!("agent.group: there is no group {name:?} on this host");
+                return Err(CliError::Usage(message));
+            }
+        },
+    };
+    Ok(Rules {
+        catalogs,
+        origins: shared.origins.clone(),
+        endpoints: shared.endpoints.clone(),
+        group,
+        ambient: store_settings()?,
     })
 }
 
@@ -126,4 +224,18 @@ pub fn show(args: &ConfigArgs) -> Result<(), CliError> {
         .collect();
     output::print(&output::table(&["SETTING", "VALUE", "FROM"], &rows));
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_credential_is_lines_of_assignments() {
+        let text = "# a remark with = in it\nA=1\n export B=\"two words\"\n\nC='x=y'\nno assignment\nD=\n";
+        assert_eq!(
+            assignments(text).collect::<Vec<_>>(),
+            [("A", "1"), ("B", "two words"), ("C", "x=y"), ("D", "")]
+        );
+    }
 }

@@ -2,7 +2,10 @@
 
 use std::{
     env,
-    os::unix::fs::MetadataExt,
+    os::{
+        fd::{AsRawFd, BorrowedFd},
+        unix::fs::MetadataExt,
+    },
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -20,7 +23,7 @@ use crate::{
         control::{MountInfo, MountRequest, UnmountOutcome, UnmountRequest, UnmountTarget},
         launch::{self, RuntimeDir, SYSTEM_SOCKET},
     },
-    config::Settings,
+    config::{Settings, Source},
     reference::{DatastoreName, Reference},
 };
 
@@ -29,8 +32,16 @@ pub const AGENT_TRIES: usize = 50;
 pub const AGENT_PAUSE: Duration = Duration::from_millis(100);
 
 pub async fn mount(args: MountArgs) -> Result<(), CliError> {
-    let settings = config::load(&Overrides::of_mount(&args))?;
-    let request = request(&args, &settings)?;
+    let info = make(&args, None).await?;
+    show(&args, &info);
+    Ok(())
+}
+
+/// Asks the agent, and starts one where there is none. `trigger` is the open mount point of an automount.
+pub async fn make(args: &MountArgs, trigger: Option<BorrowedFd<'_>>) -> Result<MountInfo, CliError> {
+    let settings = config::load(&Overrides::of_mount(args))?;
+    let mut request = request(args, &settings)?;
+    request.trigger = trigger.and_then(|trigger| u32::try_from(trigger.as_raw_fd()).ok());
     let mut last = None;
     for _ in 0..AGENT_TRIES {
         let client = match connect(&args.socket).await? {
@@ -38,10 +49,7 @@ pub async fn mount(args: MountArgs) -> Result<(), CliError> {
             None => start_agent(&settings)?,
         };
         match client.mount(&request).await {
-            Ok(info) => {
-                show(&args, &info);
-                return Ok(());
-            }
+            Ok(info) => return Ok(info),
             Err(error) if error.is_absence() => last = Some(error),
             Err(error) => return Err(CliError::failed(error)),
         }
@@ -70,6 +78,10 @@ pub fn request(args: &MountArgs, settings: &Settings) -> Result<MountRequest, Cl
         store_settings: config::store_settings()?,
         io_mode: args.io_mode.into(),
         prefetch: settings.prefetch.value,
+        share: args.share.map(Into::into).unwrap_or_default(),
+        idle_timeout: (settings.idle_timeout.source != Source::Default)
+            .then(|| settings.idle_timeout.value.0.map_or(0, |time| time.as_secs())),
+        trigger: None,
     })
 }
 
@@ -101,11 +113,21 @@ fn default_mount_point(datastore: &DatastoreName) -> Result<PathBuf, CliError> {
     }
 }
 
-/// The path without `.` and `..`, which the agent, elsewhere in the tree, could not resolve as typed.
+/// The path without `.`, `..` and symbolic links, which the agent, elsewhere in the tree and with more
+/// rights, could not or would not resolve as typed.
 fn absolute(path: &Path) -> Result<PathBuf, CliError> {
     let path = std::path::absolute(path).map_err(CliError::failed)?;
-    if let Ok(canonical) = path.canonicalize() {
-        return Ok(canonical);
+    for above in path.ancestors() {
+        if let (Ok(canonical), Ok(below)) = (above.canonicalize(), path.strip_prefix(above)) {
+            let plain = |part| matches!(part, std::path::Component::Normal(_));
+            if below.components().all(plain) {
+                return Ok(if below.as_os_str().is_empty() {
+                    canonical
+                } else {
+                    canonical.join(below)
+                });
+            }
+        }
     }
     let mut clean = PathBuf::new();
     for part in path.components() {
@@ -184,7 +206,7 @@ pub async fn unmount(args: UnmountArgs) -> Result<(), CliError> {
         None if args.all => report(&args, &[]),
         None => {
             if let UnmountTarget::MountPoint(path) = &request.target
-                && let Some(outcome) = agent::unmount_orphan(path, args.lazy)
+                && let Some(outcome) = agent::unmount_orphan(path, args.lazy, None)
             {
                 return report(&args, &[outcome]);
             }
@@ -211,6 +233,10 @@ fn report(args: &UnmountArgs, outcomes: &[UnmountOutcome]) -> Result<(), CliErro
                 ));
                 result = Err(CliError::Told);
             }
+            None if !args.output.json && outcome.holds > 0 => output::print(&format!(
+                "{} stays at {place}: it was mounted {} more times\n",
+                outcome.reference, outcome.holds
+            )),
             None if !args.output.json => {
                 output::print(&format!("{} is no longer at {place}\n", outcome.reference))
             }
