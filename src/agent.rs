@@ -561,6 +561,17 @@ impl Agent {
         }
     }
 
+    /// Whether another mount's path leads through what was created for this one: in another namespace it
+    /// may be the same directory, and removing that would unmount what lies on it there.
+    fn lies_below_another(&self, key: &Key, created: &[PathBuf]) -> bool {
+        let Some(outermost) = created.first() else {
+            return false;
+        };
+        let table = self.table.lock();
+        let mut others = table.slots.keys().filter(|other| *other != key);
+        others.any(|other| other.namespace != key.namespace && other.path.starts_with(outermost))
+    }
+
     fn recount(&self, table: &Table) {
         self.count.send_replace(table.slots.len() + table.requests);
     }
@@ -684,11 +695,26 @@ impl Agent {
             .collect();
         let chosen: Vec<Arc<Mount>> = match target {
             UnmountTarget::All => return Ok(mounts),
-            UnmountTarget::MountPoint(path) => mounts
-                .iter()
-                .filter(|mount| mount.info.mount_point == *path)
-                .cloned()
-                .collect(),
+            UnmountTarget::MountPoint(path) => {
+                let mut there: Vec<_> = mounts
+                    .iter()
+                    .filter(|mount| mount.info.mount_point == *path)
+                    .cloned()
+                    .collect();
+                // A path means what the caller sees, where that is one of them.
+                if there.len() > 1
+                    && let Ok(view) = caller.view()
+                {
+                    let seen = |mount: &Arc<Mount>| {
+                        let elsewhere = mount.elsewhere.as_ref();
+                        elsewhere.is_some_and(|elsewhere| elsewhere.namespace == view.id())
+                    };
+                    if there.iter().any(seen) {
+                        there.retain(seen);
+                    }
+                }
+                there
+            }
             UnmountTarget::Reference { reference, user } => {
                 let reference: Reference = reference.parse()?;
                 let name = QualifiedName {
@@ -929,8 +955,15 @@ impl Reserved {
                 Ended::Failed(error) => tracing::error!(mount_point = %shown, error, "the session failed"),
                 _ => tracing::info!(mount_point = %shown, "unmounted"),
             }
+            let shared = self.agent.lies_below_another(&self.key, point.created());
             // Asks the keeper, and the caller's file system: both take a moment.
-            let _ = tokio::task::spawn_blocking(move || drop((point, entry))).await;
+            let _ = tokio::task::spawn_blocking(move || {
+                if shared {
+                    point.leave();
+                }
+                drop(entry);
+            })
+            .await;
             drop(self);
         });
     }
