@@ -12,10 +12,12 @@ mod idle;
 pub mod keeping;
 pub mod launch;
 pub mod mount_point;
+pub mod reload;
 pub mod server;
 pub mod snapshot;
 mod stored;
 mod sums;
+mod trees;
 mod warm;
 
 use std::{
@@ -138,6 +140,8 @@ pub enum AgentError {
         #[source]
         source: TreeError,
     },
+    #[error("the settings are not read again, the old ones stay: {reason}")]
+    Reload { reason: String },
     #[error("the agent is stopping; try again")]
     Stopping,
 }
@@ -205,6 +209,8 @@ pub struct Agent {
     fetcher: Arc<Fetcher>,
     pub access: Access,
     idle_timeout: Mutex<Option<Duration>>,
+    reread: Mutex<Option<Arc<reload::Reread>>>,
+    trees: trees::Trees,
     table: Mutex<Table>,
     /// Mounts, places held for mounts, and requests under way: an agent on demand ends at 0.
     count: watch::Sender<usize>,
@@ -212,8 +218,14 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Opens the cache; must run within a tokio runtime.
-    pub fn new(config: AgentConfig, keeping: Keeping, access: Access) -> Result<Arc<Self>, AgentError> {
+    /// One of this process's user. Opens the cache; must run within a tokio runtime.
+    pub fn new(config: AgentConfig, keeping: Keeping) -> Result<Arc<Self>, AgentError> {
+        Self::serving(config, keeping, Access::own())
+    }
+
+    /// As [`Agent::new`], for whom `access` says.
+    pub fn serving(config: AgentConfig, keeping: Keeping, access: Access) -> Result<Arc<Self>, AgentError> {
+        fuse::keep_buffers_out_of_the_heap();
         let cache = Cache::open(config.cache.clone()).map_err(|source| AgentError::Cache {
             dir: config.cache.dir.clone(),
             source,
@@ -229,6 +241,8 @@ impl Agent {
             fetcher,
             access,
             idle_timeout: Mutex::new(config.idle_timeout),
+            reread: Mutex::default(),
+            trees: trees::Trees::default(),
             table: Mutex::default(),
             count: watch::Sender::new(0),
             keeping: Arc::new(keeping),
@@ -268,7 +282,10 @@ impl Agent {
             Place::Ours(reserved) => reserved,
             Place::AlreadyThere(info) => return Ok(*info),
         };
-        let snapshot = resolved.fetch_tree(&self.cache).await.map_err(failed)?;
+        let snapshot = resolved
+            .fetch_tree(&self.cache, &self.trees)
+            .await
+            .map_err(failed)?;
         let (agent, caller) = (Arc::clone(self), Arc::clone(caller));
         // Mounting waits for the kernel and perhaps for fusermount3.
         let handle = tokio::runtime::Handle::current();
@@ -488,7 +505,8 @@ impl Agent {
             settings: &request.store_settings,
         };
         let resolved = Resolved::again(remembered.record.clone(), &request.catalog, asking)?;
-        let snapshot = tokio::time::timeout(RESUME_DEADLINE, resolved.fetch_tree(&self.cache)).await??;
+        let snapshot =
+            tokio::time::timeout(RESUME_DEADLINE, resolved.fetch_tree(&self.cache, &self.trees)).await??;
         let snapshot = Arc::new(snapshot);
         let agent = Arc::clone(self);
         let handle = tokio::runtime::Handle::current();
@@ -576,8 +594,14 @@ impl Agent {
         self.count.send_replace(table.slots.len() + table.requests);
     }
 
-    /// What the caller may see.
-    pub fn mounts(&self, caller: &Caller) -> Vec<MountInfo> {
+    pub fn mounts(&self) -> Vec<MountInfo> {
+        let table = self.table.lock();
+        let serving = table.slots.values().filter_map(Slot::serving);
+        serving.map(|mount| mount.current_info()).collect()
+    }
+
+    /// What the caller may see of them.
+    pub fn mounts_seen_by(&self, caller: &Caller) -> Vec<MountInfo> {
         let table = self.table.lock();
         table
             .slots
