@@ -12,11 +12,13 @@ mod idle;
 pub mod keeping;
 pub mod launch;
 pub mod mount_point;
+pub mod reload;
 pub mod server;
 pub mod snapshot;
 mod stored;
 mod sums;
 pub mod systemd;
+mod trees;
 mod warm;
 
 use std::{
@@ -139,6 +141,8 @@ pub enum AgentError {
         #[source]
         source: TreeError,
     },
+    #[error("the settings are not read again, the old ones stay: {reason}")]
+    Reload { reason: String },
     #[error("the agent is stopping; try again")]
     Stopping,
 }
@@ -206,6 +210,8 @@ pub struct Agent {
     fetcher: Arc<Fetcher>,
     pub access: Access,
     idle_timeout: Mutex<Option<Duration>>,
+    reread: Mutex<Option<Arc<reload::Reread>>>,
+    trees: trees::Trees,
     table: Mutex<Table>,
     /// Mounts, places held for mounts, and requests under way: an agent on demand ends at 0.
     count: watch::Sender<usize>,
@@ -213,8 +219,14 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Opens the cache; must run within a tokio runtime.
-    pub fn new(config: AgentConfig, keeping: Keeping, access: Access) -> Result<Arc<Self>, AgentError> {
+    /// One of this process's user. Opens the cache; must run within a tokio runtime.
+    pub fn new(config: AgentConfig, keeping: Keeping) -> Result<Arc<Self>, AgentError> {
+        Self::serving(config, keeping, Access::own())
+    }
+
+    /// As [`Agent::new`], for whom `access` says.
+    pub fn serving(config: AgentConfig, keeping: Keeping, access: Access) -> Result<Arc<Self>, AgentError> {
+        fuse::keep_buffers_out_of_the_heap();
         let cache = Cache::open(config.cache.clone()).map_err(|source| AgentError::Cache {
             dir: config.cache.dir.clone(),
             source,
@@ -230,6 +242,8 @@ impl Agent {
             fetcher,
             access,
             idle_timeout: Mutex::new(config.idle_timeout),
+            reread: Mutex::default(),
+            trees: trees::Trees::default(),
             table: Mutex::default(),
             count: watch::Sender::new(0),
             keeping: Arc::new(keeping),
@@ -269,7 +283,10 @@ impl Agent {
             Place::Ours(reserved) => reserved,
             Place::AlreadyThere(info) => return Ok(*info),
         };
-        let snapshot = resolved.fetch_tree(&self.cache).await.map_err(failed)?;
+        let snapshot = resolved
+            .fetch_tree(&self.cache, &self.trees)
+            .await
+            .map_err(failed)?;
         let (agent, caller) = (Arc::clone(self), Arc::clone(caller));
         // Mounting waits for the kernel and perhaps for fusermount3.
         let handle = tokio::runtime::Handle::current();
@@ -503,7 +520,8 @@ impl Agent {
             settings: &request.store_settings,
         };
         let resolved = Resolved::again(remembered.record.clone(), &request.catalog, asking)?;
-        let snapshot = tokio::time::timeout(RESUME_DEADLINE, resolved.fetch_tree(&self.cache)).await??;
+        let snapshot =
+            tokio::time::timeout(RESUME_DEADLINE, resolved.fetch_tree(&self.cache, &self.trees)).await??;
         let snapshot = Arc::new(snapshot);
         let agent = Arc::clone(self);
         let handle = tokio::runtime::Handle::current();
@@ -576,12 +594,29 @@ impl Agent {
         }
     }
 
+    /// Whether another mount's path leads through what was created for this one: in another namespace it
+    /// may be the same directory, and removing that would unmount what lies on it there.
+    fn lies_below_another(&self, key: &Key, created: &[PathBuf]) -> bool {
+        let Some(outermost) = created.first() else {
+            return false;
+        };
+        let table = self.table.lock();
+        let mut others = table.slots.keys().filter(|other| *other != key);
+        others.any(|other| other.namespace != key.namespace && other.path.starts_with(outermost))
+    }
+
     fn recount(&self, table: &Table) {
         self.count.send_replace(table.slots.len() + table.requests);
     }
 
-    /// What the caller may see.
-    pub fn mounts(&self, caller: &Caller) -> Vec<MountInfo> {
+    pub fn mounts(&self) -> Vec<MountInfo> {
+        let table = self.table.lock();
+        let serving = table.slots.values().filter_map(Slot::serving);
+        serving.map(|mount| mount.current_info()).collect()
+    }
+
+    /// What the caller may see of them.
+    pub fn mounts_seen_by(&self, caller: &Caller) -> Vec<MountInfo> {
         let table = self.table.lock();
         table
             .slots
@@ -699,11 +734,26 @@ impl Agent {
             .collect();
         let chosen: Vec<Arc<Mount>> = match target {
             UnmountTarget::All => return Ok(mounts),
-            UnmountTarget::MountPoint(path) => mounts
-                .iter()
-                .filter(|mount| mount.info.mount_point == *path)
-                .cloned()
-                .collect(),
+            UnmountTarget::MountPoint(path) => {
+                let mut there: Vec<_> = mounts
+                    .iter()
+                    .filter(|mount| mount.info.mount_point == *path)
+                    .cloned()
+                    .collect();
+                // A path means what the caller sees, where that is one of them.
+                if there.len() > 1
+                    && let Ok(view) = caller.view()
+                {
+                    let seen = |mount: &Arc<Mount>| {
+                        let elsewhere = mount.elsewhere.as_ref();
+                        elsewhere.is_some_and(|elsewhere| elsewhere.namespace == view.id())
+                    };
+                    if there.iter().any(seen) {
+                        there.retain(seen);
+                    }
+                }
+                there
+            }
             UnmountTarget::Reference { reference, user } => {
                 let reference: Reference = reference.parse()?;
                 let name = QualifiedName {
@@ -958,8 +1008,15 @@ impl Reserved {
                 Ended::Failed(error) => tracing::error!(mount_point = %shown, error, "the session failed"),
                 _ => tracing::info!(mount_point = %shown, "unmounted"),
             }
+            let shared = self.agent.lies_below_another(&self.key, point.created());
             // Asks the keeper, and the caller's file system: both take a moment.
-            let _ = tokio::task::spawn_blocking(move || drop((point, entry))).await;
+            let _ = tokio::task::spawn_blocking(move || {
+                if shared {
+                    point.leave();
+                }
+                drop(entry);
+            })
+            .await;
             drop(self);
         });
     }

@@ -23,6 +23,7 @@ mod errno;
 mod fusermount;
 mod holders;
 mod io_mode;
+mod listing;
 mod mountinfo;
 mod mounting;
 mod open_inodes;
@@ -36,6 +37,24 @@ pub use io_mode::{ChosenIoMode, IoMode, IoModeWish};
 pub use mountinfo::{DeviceNo, MountLine, mounts, mounts_of};
 pub use mounting::{Leaving, attach_on, unmount_beside};
 use server::{Opens, Server};
+
+/// Each thread of each session has a buffer of 16 MiB, of which it touches little. Lets the allocator take
+/// such a buffer from the kernel, as zero pages that cost nothing until they are touched, and give it back at
+/// once: by default it would after a while take them from its heap, fill them with zeros, and keep them.
+/// For the whole process.
+pub fn keep_buffers_out_of_the_heap() {
+    #[cfg(target_env = "gnu")]
+    {
+        const BUFFER: libc::c_int = 16 << 20;
+        // Said together: naming the first alone would also end keeping smaller ones for the next use.
+        for (parameter, value) in [(libc::M_MMAP_THRESHOLD, BUFFER), (libc::M_TRIM_THRESHOLD, BUFFER)] {
+            // SAFETY: two numbers; takes the allocator's own lock.
+            if unsafe { libc::mallopt(parameter, value) } == 0 {
+                tracing::debug!(parameter, "the allocator stays as it is");
+            }
+        }
+    }
+}
 
 /// What `df` and `mount` show as the type: `fuse.grid-mount`.
 pub const SUBTYPE: &str = "grid-mount";

@@ -189,3 +189,166 @@ fn sharing_is_with_whom_it_says() {
         agent.ok(ALICE, &["unmount", path(&place)]);
     }
 }
+
+/// A record of the catalog's, changed; as whoever may write to the catalog could.
+fn plant(agent: &SharedAgent, from: &str, name: &str, change: impl Fn(&mut serde_json::Value)) {
+    let catalog = agent.path("catalog");
+    let mut found = Vec::new();
+    let mut dirs = vec![catalog.clone()];
+    while let Some(dir) = dirs.pop() {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => dirs.push(path),
+                false => found.push(path),
+            }
+        }
+    }
+    for path in found {
+        let Ok(bytes) = fs::read(&path) else { continue };
+        let Ok(mut sealed) = serde_json::from_slice::<serde_json::Value>(&bytes) else {
+            continue;
+        };
+        let mut record = sealed["record"].take();
+        if record["datastore"] != from {
+            continue;
+        }
+        record["datastore"] = name.into();
+        change(&mut record);
+        let below = path.strip_prefix(&catalog).unwrap().to_str().unwrap();
+        let copy = catalog.join(below.replace(from, name));
+        fs::create_dir_all(copy.parent().unwrap()).unwrap();
+        let record: grid_mount::catalog::Record = serde_json::from_value(record).unwrap();
+        fs::write(
+            copy,
+            grid_mount::catalog::sealed::seal("record", &record).unwrap(),
+        )
+        .unwrap();
+        return;
+    }
+    panic!("no record of {from}");
+}
+
+#[test]
+fn a_record_that_names_what_is_not_listed_gets_nothing() {
+    let ambient = [
+        ("AWS_ACCESS_KEY_ID", "the-agents-key"),
+        ("AWS_SECRET_ACCESS_KEY", "the-agents-secret"),
+    ];
+    let rules = "catalogs = [\"CATALOG\"]\norigins = [\"s3://own-team\"]";
+    let Some(agent) = SharedAgent::start_with(rules, &[], &ambient) else {
+        return;
+    };
+    // A registered directory has the form of an attack: a tree whose files are files of the host.
+    let secrets = agent.path("secrets");
+    fs::create_dir(&secrets).unwrap();
+    fs::write(secrets.join("shadow"), "root's secret").unwrap();
+    fs::set_permissions(&secrets, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    agent.ok(0, &["register", path(&secrets), "secrets"]);
+    let home = agent.home(ALICE).join("x");
+    let listens = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let server = format!("http://{}", listens.local_addr().unwrap());
+    let told = agent.fails(ALICE, &["root:secrets", path(&home)]);
+    assert!(told.contains("origins"), "{told}");
+    for (name, origin) in [
+        ("etc", "file:///etc"),
+        ("root", "file:///"),
+        ("metadata", "http://169.254.169.254/latest"),
+        ("server", server.as_str()),
+        ("others", "s3://other-team/data"),
+        ("beside", "s3://own-team-2"),
+    ] {
+        plant(&agent, "secrets", name, |record| {
+            record["origin"] = serde_json::json!({ "url": origin });
+        });
+        for user in [ALICE, 0] {
+            let told = agent.fails(user, &[&format!("root:{name}"), path(&home)]);
+            assert!(told.contains("origins") && told.contains(origin), "{told}");
+        }
+    }
+    // A catalog of one's own is no way round, nor is a link beside the one that is listed.
+    let own = agent.home(ALICE).join("catalog");
+    for catalog in [
+        format!("file://{}", own.display()),
+        server.clone(),
+        "file:///etc".to_owned(),
+        format!("{}/trees", agent.catalog()),
+        "s3://own-team/catalog".to_owned(),
+    ] {
+        let told = agent.fails(ALICE, &["root:secrets", path(&home), "--catalog", &catalog]);
+        assert!(told.contains("catalogs"), "{told}");
+    }
+    // Nobody was asked anything, with or without credentials.
+    listens.set_nonblocking(true).unwrap();
+    assert!(listens.accept().is_err());
+    assert!(agent.mounts().is_empty() && !home.exists());
+    assert!(!agent.log().contains("the-agents-secret"));
+}
+
+#[test]
+fn a_callers_endpoint_gets_the_callers_credentials_and_no_others() {
+    use std::io::{Read, Write};
+    let ambient = [
+        ("AWS_ACCESS_KEY_ID", "the-agents-key"),
+        ("AWS_SECRET_ACCESS_KEY", "the-agents-secret"),
+    ];
+    let listens = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let server = format!("http://{}", listens.local_addr().unwrap());
+    let rules = format!("catalogs = [\"s3://team\"]\nendpoints = [\"{server}\"]");
+    let Some(agent) = SharedAgent::start_with(&rules, &[], &ambient) else {
+        return;
+    };
+    // Says no to everything, and keeps what it was asked.
+    let (sender, asked) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for stream in listens.incoming() {
+            let Ok(mut stream) = stream else { return };
+            let mut head = Vec::new();
+            let mut byte = [0];
+            while !head.ends_with(b"\r\n\r\n") && stream.read(&mut byte).is_ok_and(|read| read > 0) {
+                head.push(byte[0]);
+            }
+            let _ =
+                stream.write_all(b"HTTP/1.1 403 Forbidden\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+            if sender.send(String::from_utf8_lossy(&head).into_owned()).is_err() {
+                return;
+            }
+        }
+    });
+    let home = agent.home(ALICE).join("x");
+    let mount = |settings: &[(&str, &str)]| {
+        let arguments = ["root:data", path(&home), "--catalog", "s3://team"];
+        let output = agent
+            .grid(ALICE, &arguments)
+            .envs(settings.iter().copied())
+            .output()
+            .unwrap();
+        refused(&output)
+    };
+    let told = mount(&[("AWS_ENDPOINT_URL", &server)]);
+    assert!(told.contains("credentials"), "{told}");
+    assert!(
+        asked.try_recv().is_err(),
+        "asked for somebody without credentials"
+    );
+    let hers = [
+        ("AWS_ENDPOINT_URL", server.as_str()),
+        ("AWS_ACCESS_KEY_ID", "alices-key"),
+        ("AWS_SECRET_ACCESS_KEY", "alices-secret"),
+    ];
+    mount(&hers);
+    let head = asked.recv_timeout(shared_agent::DEADLINE).unwrap();
+    assert!(
+        head.contains("Credential=alices-key/") && !head.contains("the-agents"),
+        "{head}"
+    );
+    let other = [("AWS_ENDPOINT_URL", "http://169.254.169.254"), hers[1], hers[2]];
+    let told = mount(&other);
+    assert!(told.contains("endpoints"), "{told}");
+    // What would make the agent read a file for her is not taken along.
+    let told = mount(&[
+        ("AWS_WEB_IDENTITY_TOKEN_FILE", "/etc/shadow"),
+        ("AWS_ROLE_ARN", "arn:x"),
+    ]);
+    assert!(told.contains("AWS_"), "{told}");
+}

@@ -387,7 +387,8 @@ mod tests {
     fn work_is_done_with_the_callers_rights_and_nobody_else_is_changed() {
         let Some(view) = view(4711) else { return };
         let dir = tempfile::tempdir().unwrap();
-        // Mode 0700 and root's: no way in.
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+        std::fs::set_permissions(dir.path(), mode).unwrap();
         let path = dir.path().strip_prefix("/").unwrap().join(".");
         let refused = view
             .work(move |inside| inside.directory(inside.root(), &path).map(drop))

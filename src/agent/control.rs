@@ -6,11 +6,11 @@
 //! | `GET /v1/mounts` | | `[MountInfo]` |
 //! | `POST /v1/mounts` | [`MountRequest`] | [`MountInfo`], once the mount answers |
 //! | `POST /v1/unmount` | [`UnmountRequest`] | `[UnmountOutcome]` |
-//!
 //! | `GET /v1/cache` | | [`CacheInfo`] |
 //! | `POST /v1/cache/evict` | [`EvictRequest`] | [`EvictOutcome`] |
 //! | `POST /v1/cache/verify` | | lines of [`Line`]`<`[`VerifyProgress`]`>` until it is done |
 //! | `POST /v1/warm` | [`WarmRequest`] | lines of [`Line`]`<`[`WarmProgress`]`>` until it is done |
+//! | `POST /v1/reload` | | [`ReloadOutcome`] |
 //!
 //! Whoever stops reading lines stops the work. An error is a 4xx or 5xx with a [`Problem`]. Shapes only grow: fields are added, never renamed.
 
@@ -147,6 +147,19 @@ pub struct UnmountOutcome {
     /// For how many others it stays mounted.
     #[serde(default)]
     pub holds: u32,
+}
+
+/// The settings as they were read again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReloadOutcome {
+    /// How many are listed now; 0 for a user's own agent, which has no lists.
+    pub catalogs: usize,
+    pub origins: usize,
+    pub endpoints: usize,
+    /// Seconds, of mounts to come that say nothing else.
+    pub idle_timeout: Option<u64>,
+    /// Settings that changed, but count only when the agent starts again.
+    pub at_next_start: Vec<String>,
 }
 
 /// A version, and the caller's part of asking for it.

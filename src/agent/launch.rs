@@ -254,9 +254,17 @@ impl SocketLock {
         Ok(listener)
     }
 
-    /// Binds the socket, in place of one that a dead agent left behind. With `everybody` all users may
-    /// connect; what they may do is decided when they ask.
-    pub fn bind(&self, everybody: bool) -> Result<std::os::unix::net::UnixListener, LaunchError> {
+    /// Binds the socket, in place of one that a dead agent left behind.
+    pub fn bind(&self) -> Result<std::os::unix::net::UnixListener, LaunchError> {
+        self.bind_for(0o600)
+    }
+
+    /// As [`SocketLock::bind`], and all users may connect; what they may do is decided when they ask.
+    pub fn bind_for_all(&self) -> Result<std::os::unix::net::UnixListener, LaunchError> {
+        self.bind_for(0o666)
+    }
+
+    fn bind_for(&self, mode: u32) -> Result<std::os::unix::net::UnixListener, LaunchError> {
         let open = |source| LaunchError::Open {
             path: self.socket.clone(),
             source,
@@ -267,7 +275,6 @@ impl SocketLock {
             Err(error) => return Err(open(error)),
         }
         let listener = std::os::unix::net::UnixListener::bind(&self.socket).map_err(open)?;
-        let mode = if everybody { 0o666 } else { 0o600 };
         fs::set_permissions(&self.socket, fs::Permissions::from_mode(mode)).map_err(open)?;
         listener.set_nonblocking(true).map_err(open)?;
         Ok(listener)
@@ -430,7 +437,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("agent.sock");
         let lock = SocketLock::acquire(&socket).unwrap();
-        let listener = lock.bind(false).unwrap();
+        let listener = lock.bind().unwrap();
         assert!(matches!(
             SocketLock::acquire(&socket),
             Err(LaunchError::AlreadyRunning { .. })

@@ -47,7 +47,7 @@ use super::{
     access::Caller,
     control::{
         AgentInfo, CacheInfo, EvictOutcome, EvictRequest, Line, MountInfo, MountRequest, Problem,
-        UnmountOutcome, UnmountRequest, WarmRequest,
+        ReloadOutcome, UnmountOutcome, UnmountRequest, WarmRequest,
     },
     snapshot::SnapshotError,
 };
@@ -85,6 +85,7 @@ pub async fn serve(
         .route("/v1/cache/evict", post(evict))
         .route("/v1/cache/verify", post(verify))
         .route("/v1/warm", post(warm))
+        .route("/v1/reload", post(reload))
         .layer(middleware::from_fn(whole_request))
         .with_state(Arc::clone(&agent));
     let open = Arc::new(Mutex::new(Connections::default()));
@@ -219,7 +220,7 @@ async fn info(State(agent): State<Arc<Agent>>, Extension(caller): Peer) -> Json<
 }
 
 async fn mounts(State(agent): State<Arc<Agent>>, Extension(caller): Peer) -> Json<Vec<MountInfo>> {
-    Json(agent.mounts(&caller))
+    Json(agent.mounts_seen_by(&caller))
 }
 
 async fn mount(
@@ -263,6 +264,14 @@ async fn verify(State(agent): State<Arc<Agent>>, Extension(caller): Peer) -> Res
         let _held = held;
         agent.verify(progress).await
     }))
+}
+
+async fn reload(
+    State(agent): State<Arc<Agent>>,
+    Extension(caller): Peer,
+) -> Result<Json<ReloadOutcome>, Refusal> {
+    agent.access.administrators(&caller).map_err(AgentError::from)?;
+    Ok(Json(agent.reload().await?))
 }
 
 async fn warm(

@@ -7,6 +7,7 @@ use futures::TryStreamExt;
 use super::{
     access::{Access, AccessError, Asked, Caller},
     sums::SumsPart,
+    trees::Trees,
 };
 use crate::{
     cache::{Cache, CacheError, TreeHandle},
@@ -148,17 +149,35 @@ impl Resolved {
         self.catalog.store()
     }
 
-    /// Maps the tree; fetches it first if the cache has not got it.
-    pub async fn fetch_tree(self, cache: &Arc<Cache>) -> Result<Snapshot, SnapshotError> {
+    /// Maps the tree; fetches it first if the cache has not got it. A tree that somebody is fetching is
+    /// waited for, one that somebody has mapped is shared.
+    pub async fn fetch_tree(self, cache: &Arc<Cache>, trees: &Trees) -> Result<Snapshot, SnapshotError> {
         let part = &self.record.tree.rows;
+        let fetched = tokio::time::timeout(TREE_DEADLINE, self.open_or_fetch(cache, trees, part)).await;
+        let (tree, handle) = fetched.map_err(|_| SnapshotError::Deadline)??;
+        Ok(Snapshot {
+            resolved: self,
+            tree,
+            handle,
+        })
+    }
+
+    async fn open_or_fetch(
+        &self,
+        cache: &Arc<Cache>,
+        trees: &Trees,
+        part: &TreePart,
+    ) -> Result<(Arc<Tree>, TreeHandle), SnapshotError> {
+        let _turn = trees.turn(&part.digest).await;
         if let Some(handle) = cache.tree(&part.digest) {
+            if let Some(tree) = trees.get(&part.digest) {
+                return Ok((tree, handle));
+            }
             match Tree::open_replaceable(handle.path()) {
                 Ok(tree) => {
-                    return Ok(Snapshot {
-                        resolved: self,
-                        tree: Arc::new(tree),
-                        handle,
-                    });
+                    let tree = Arc::new(tree);
+                    trees.add(part.digest, &tree);
+                    return Ok((tree, handle));
                 }
                 // Damage in the cache costs a fetch, never an answer.
                 Err(error) => {
@@ -167,16 +186,12 @@ impl Resolved {
                 }
             }
         }
-        let fetched = tokio::time::timeout(TREE_DEADLINE, self.fetch_rows(cache, part))
-            .await
-            .map_err(|_| SnapshotError::Deadline)??;
+        let fetched = self.fetch_rows(cache, part).await?;
         let handle = cache.adopt_tree(&part.digest, &fetched)?;
         let tree = Tree::open_replaceable(handle.path()).map_err(|source| self.damaged(part, source))?;
-        Ok(Snapshot {
-            resolved: self,
-            tree: Arc::new(tree),
-            handle,
-        })
+        let tree = Arc::new(tree);
+        trees.add(part.digest, &tree);
+        Ok((tree, handle))
     }
 
     /// Streams the part through the decompressor into a file beside the cache's trees.

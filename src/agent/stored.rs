@@ -141,7 +141,10 @@ impl Agent {
         let resolved = Resolved::new(&reference, &version.catalog, &version.user, asking)
             .await
             .map_err(failed)?;
-        resolved.fetch_tree(&self.cache).await.map_err(failed)
+        resolved
+            .fetch_tree(&self.cache, &self.trees)
+            .await
+            .map_err(failed)
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{ffi::OsString, os::fd::AsFd, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::{Layer, layer::SubscriberExt, util::SubscriberInitExt};
 
 use super::{
     CliError,
@@ -17,10 +18,10 @@ use crate::{
         access::{Access, Caller},
         keeping::{self, Keeping, KeptBy},
         launch::{self, KeeperLock, LaunchError, Readiness, SYSTEM_SOCKET, SocketLock},
-        server,
+        reload, server,
         systemd::{self, Given, Manager, Wish},
     },
-    config::{LogFormat, LogLevel},
+    config::{LogFormat, LogLevel, Settings},
     keeper::{self, End, Limits, Plan},
 };
 
@@ -51,7 +52,7 @@ pub fn agent(args: AgentArgs) -> Result<(), CliError> {
 
 /// The agent's parent. It has one thread, and opens nothing but its log, its lock and what it keeps.
 fn keep(args: &AgentArgs) -> Result<(), CliError> {
-    start_logging(LogFormat::Text, LogLevel::Info)?;
+    let _ = start_logging(LogFormat::Text, LogLevel::Info);
     // SAFETY: as in `agent`. Whoever waits hears the first agent, which has inherited the descriptor; this
     // one is closed once that runs.
     let mut readiness = match args.ready_fd {
@@ -108,7 +109,7 @@ fn keep(args: &AgentArgs) -> Result<(), CliError> {
 fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliError> {
     let overrides = Overrides::of_agent(args);
     let settings = config::load(&overrides)?;
-    start_logging(settings.log_format.value, settings.log_level.value)?;
+    let level = start_logging(settings.log_format.value, settings.log_level.value);
     // A user's own goes with its mounts; root's, started to stay, is for all.
     let everybody = nix::unistd::geteuid().is_root() && !args.on_demand && !args.socket.own_agent;
     let socket = match (everybody, mount::named_socket(&args.socket)) {
@@ -162,11 +163,13 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
     let result = runtime.block_on(async {
         let keeping = Keeping::beside(&socket, kept_by);
         let agent =
-            Agent::new(config::agent_config(&settings)?, keeping, access).map_err(CliError::failed)?;
+            Agent::serving(config::agent_config(&settings)?, keeping, access).map_err(CliError::failed)?;
+        agent.rereads(reread(overrides, &settings, everybody, level));
         // Before anything is resumed: a failure from then on would end what lives.
-        let listener = match control {
-            Some(control) => lock.adopt(control),
-            None => lock.bind(everybody),
+        let listener = match (control, everybody) {
+            (Some(control), _) => lock.adopt(control),
+            (None, true) => lock.bind_for_all(),
+            (None, false) => lock.bind(),
         }
         .map_err(CliError::failed)?;
         // Only for what has to be mounted again: no reason not to start.
@@ -189,7 +192,7 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
 /// An agent in the foreground with one mount, until that is unmounted or a signal comes.
 pub fn foreground(args: MountArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of_mount(&args))?;
-    start_logging(settings.log_format.value, settings.log_level.value)?;
+    let _ = start_logging(settings.log_format.value, settings.log_level.value);
     let request = mount::request(&args, &settings)?;
     let socket = own_socket(&args.socket)?;
     let lock = SocketLock::acquire(&socket).map_err(|error| match error {
@@ -205,9 +208,8 @@ pub fn foreground(args: MountArgs) -> Result<(), CliError> {
     let runtime = runtime()?;
     let result = runtime.block_on(async {
         let keeping = Keeping::beside(&socket, KeptBy::Nobody);
-        let agent =
-            Agent::new(config::agent_config(&settings)?, keeping, Access::own()).map_err(CliError::failed)?;
-        let listener = lock.bind(false).map_err(CliError::failed)?;
+        let agent = Agent::new(config::agent_config(&settings)?, keeping).map_err(CliError::failed)?;
+        let listener = lock.bind().map_err(CliError::failed)?;
         agent.resume(Vec::new(), &request.store_settings).await;
         let info = agent
             .mount(&Caller::this_process(), request)
@@ -265,6 +267,7 @@ async fn serve(
     let listener = tokio::net::UnixListener::from_std(listener).map_err(CliError::failed)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(CliError::failed)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(CliError::failed)?;
+    let mut hang_up = signal(SignalKind::hangup()).map_err(CliError::failed)?;
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let serving = tokio::spawn(server::serve(Arc::clone(agent), listener, async {
         let _ = stopped.await;
@@ -282,7 +285,14 @@ async fn serve(
             }
         }
     };
+    let hung_up = async {
+        while hang_up.recv().await.is_some() && agent.can_reload() {
+            // What is wrong with them is in the log.
+            let _ = agent.reload().await;
+        }
+    };
     tokio::select! {
+        () = hung_up => tracing::info!("its terminal has gone: unmounting"),
         () = idle => tracing::info!("the last mount has gone: ending"),
         _ = interrupt.recv() => tracing::info!("interrupted: unmounting"),
         _ = terminate.recv() => {
@@ -318,19 +328,65 @@ fn runtime() -> Result<tokio::runtime::Runtime, CliError> {
         .map_err(CliError::failed)
 }
 
+/// Changes what is logged.
+type SetLevel = Box<dyn Fn(LogLevel) + Send + Sync>;
+
+/// Reads the settings from where they came when the agent started.
+fn reread(
+    overrides: Overrides,
+    started_with: &Settings,
+    everybody: bool,
+    set_level: SetLevel,
+) -> Box<reload::Reread> {
+    let before = started_with.explain();
+    Box::new(move || {
+        let read = || -> Result<reload::Settings, CliError> {
+            let settings = config::load(&overrides)?;
+            let rules = everybody.then(|| config::rules(&settings)).transpose()?;
+            set_level(settings.log_level.value);
+            // These count at once, and these concern callers.
+            let now = |key| {
+                matches!(
+                    key,
+                    "idle_timeout" | "log_level" | "catalog" | "user" | "prefetch"
+                )
+            };
+            let differ = before.iter().zip(settings.explain());
+            Ok(reload::Settings {
+                rules,
+                idle_timeout: settings.idle_timeout.value.0,
+                at_next_start: differ
+                    .filter(|(old, new)| old.value != new.value && !now(new.key))
+                    .map(|(_, new)| new.key.to_owned())
+                    .collect(),
+            })
+        };
+        read().map_err(|error| match error {
+            CliError::Failed(error) => in_one_line(&*error),
+            other => other.to_string(),
+        })
+    })
+}
+
 /// To standard error, which is the log file of an agent started on demand, and the journal of a service.
-/// `GRID_MOUNT_LOG` filters finer than a level (`info`, `grid_mount=debug`).
-fn start_logging(format: LogFormat, level: LogLevel) -> Result<(), CliError> {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("GRID_MOUNT_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level.to_string()));
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+/// `GRID_MOUNT_LOG` filters finer than a level (`info`, `grid_mount=debug`), and then stays.
+fn start_logging(format: LogFormat, level: LogLevel) -> SetLevel {
+    let named = tracing_subscriber::EnvFilter::try_from_env("GRID_MOUNT_LOG").ok();
+    let is_named = named.is_some();
+    let of = |level: LogLevel| tracing_subscriber::EnvFilter::new(level.to_string());
+    let (filter, handle) = tracing_subscriber::reload::Layer::new(named.unwrap_or_else(|| of(level)));
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
         .with_ansi(output::stderr_is_terminal() && std::env::var_os("NO_COLOR").is_none());
-    // One that is there already stays.
-    let _ = match format {
-        LogFormat::Text => log.try_init(),
-        LogFormat::Json => log.json().flatten_event(true).try_init(),
+    let lines = match format {
+        LogFormat::Text => lines.boxed(),
+        LogFormat::Json => lines.json().flatten_event(true).boxed(),
     };
-    Ok(())
+    // One that is there already stays.
+    let _ = tracing_subscriber::registry().with(filter).with(lines).try_init();
+    Box::new(move |level| {
+        if !is_named {
+            let _ = handle.reload(of(level));
+        }
+    })
 }

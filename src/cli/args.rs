@@ -148,16 +148,16 @@ pub struct MountArgs {
     /// Stay, show the log, unmount on Ctrl-C
     #[arg(long, short)]
     pub foreground: bool,
-    /// How the kernel reads; chosen by itself
-    #[arg(long, value_enum, default_value_t = IoModeArg::Auto, hide_default_value = true)]
+    /// How the kernel reads: auto, passthrough or no-open
+    #[arg(long, value_enum, default_value_t = IoModeArg::Auto, hide_default_value = true, hide_possible_values = true)]
     pub io_mode: IoModeArg,
     /// What to fetch before it is asked for: auto, none or all
     #[arg(long, value_name = "WHAT")]
     pub prefetch: Option<String>,
-    /// Let my group, or all, read it; mine alone otherwise
-    #[arg(long, value_enum, value_name = "WITH")]
+    /// Who else may read it: group or all
+    #[arg(long, value_enum, value_name = "WITH", hide_possible_values = true)]
     pub share: Option<ShareArg>,
-    /// Unmount it when nobody used it for so long: 10m, 2h, never
+    /// Unmount it when unused for so long: 10m, 2h, never
     #[arg(long, value_name = "TIME")]
     pub idle_timeout: Option<String>,
     #[command(flatten)]

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     agent::{
         Agent, AgentError, CacheError,
-        access::{Access, Caller},
+        access::Caller,
         client::{Client, ClientError},
         control::{CacheInfo, EvictOutcome, EvictRequest, VerifyProgress, VersionRequest},
     },
@@ -71,7 +71,7 @@ impl Holder {
             None => {
                 let config = config::agent_config(settings)?;
                 Ok(Self::Here(
-                    Agent::new(config, Default::default(), Access::own()).map_err(CliError::failed)?,
+                    Agent::new(config, Default::default()).map_err(CliError::failed)?,
                 ))
             }
         }

@@ -291,13 +291,16 @@ pub(super) fn unmount_path(
     };
     match way {
         Way::Kernel => {
-            let flags = MntFlags::UMOUNT_NOFOLLOW
-                | if lazy {
-                    MntFlags::MNT_DETACH
-                } else {
-                    MntFlags::empty()
-                };
-            match umount2(path, flags) {
+            let leaving = match lazy {
+                true => Leaving::Detached,
+                false => Leaving::Unused,
+            };
+            // The directory stays open while the path by way of it is used.
+            let (_above, path_now) = without_links(path).map_err(|source| UnmountError::Kernel {
+                path: path.into(),
+                source,
+            })?;
+            match umount2(&path_now, leaving.flags()) {
                 Ok(()) => Ok(()),
                 Err(nix::errno::Errno::EBUSY) => Err(busy()),
                 Err(error) => Err(UnmountError::Kernel {
@@ -311,6 +314,21 @@ pub(super) fn unmount_path(
             other => other,
         },
     }
+}
+
+/// The directory that a mount lies in, open, and the mount's path by way of it: nobody who may rename
+/// something above can lead root elsewhere with a symbolic link. Nothing looks at the mount itself.
+fn without_links(path: &Path) -> io::Result<(Option<OwnedFd>, PathBuf)> {
+    use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
+    let (Some(above), Some(name)) = (path.parent(), path.file_name()) else {
+        return Ok((None, path.to_owned()));
+    };
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS);
+    let above = openat2(AT_FDCWD, above, how)?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}", above.as_raw_fd())).join(name);
+    Ok((Some(above), path))
 }
 
 #[cfg(test)]
