@@ -9,6 +9,8 @@ pub mod control;
 pub mod keeping;
 pub mod launch;
 pub mod mount_point;
+mod report;
+mod reuse;
 pub mod server;
 pub mod snapshot;
 mod stored;
@@ -26,9 +28,10 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use self::{
-    control::{AgentInfo, MountInfo, MountRequest, UnmountOutcome, UnmountRequest, UnmountTarget},
+    control::{AgentInfo, MountInfo, MountRequest, Traffic, UnmountOutcome, UnmountRequest, UnmountTarget},
     keeping::{Entry, Keeping},
     mount_point::{MountPoint, MountPointError},
+    report::Watch,
     snapshot::{Resolved, Snapshot, SnapshotError},
 };
 use crate::{
@@ -141,6 +144,7 @@ pub fn unmount_orphan(path: &Path, lazy: bool) -> Option<UnmountOutcome> {
         reference: orphan.source.to_str()?.parse().ok()?,
         mount_point: orphan.mount_point,
         error,
+        report: None,
     })
 }
 
@@ -149,7 +153,8 @@ struct Mount {
     info: MountInfo,
     mounted: Arc<Mounted>,
     /// Keeps the tree's file in the cache while it is mapped.
-    _snapshot: Arc<Snapshot>,
+    snapshot: Arc<Snapshot>,
+    watch: Watch,
 }
 
 enum Slot {
@@ -285,8 +290,9 @@ impl Agent {
         let mut options = MountOptions::new(point.path(), reference.to_string(), owner);
         options.io_mode = request.io_mode;
         options.open_table = entry.as_ref().and_then(Entry::open_table);
+        let watch = Watch::new(&self.fetcher, owner);
         let mounted = fuse::mount(
-            snapshot.file_system(&self.fetcher, owner, request.prefetch, &handle),
+            snapshot.file_system(&watch, request.prefetch, &handle),
             options,
             &handle,
         )
@@ -302,7 +308,7 @@ impl Agent {
         let since = entry
             .as_ref()
             .map_or_else(jiff::Timestamp::now, |entry| entry.remembered.since);
-        let mount = Mount::new(request, since, mounted, snapshot);
+        let mount = Mount::new(request, since, mounted, snapshot, watch);
         let info = mount.current_info();
         reserved.serve(mount, point, entry, &handle);
         Ok(info)
@@ -364,7 +370,8 @@ impl Agent {
             let remembered = &entry.remembered;
             let point = MountPoint::inherited(remembered.mount_point.clone(), remembered.created.clone());
             let known = (state.handshake.clone(), state.device, state.way);
-            let fs = snapshot.file_system(&agent.fetcher, state.owner, request.prefetch, &handle);
+            let watch = Watch::new(&agent.fetcher, state.owner);
+            let fs = snapshot.file_system(&watch, request.prefetch, &handle);
             let mounted = match fuse::resume(fs, state.options(), held.descriptor, known, &handle) {
                 Ok(mounted) => mounted,
                 Err(error) => {
@@ -374,7 +381,7 @@ impl Agent {
                 }
             };
             let since = remembered.since;
-            let mount = Mount::new(&request, since, mounted, snapshot);
+            let mount = Mount::new(&request, since, mounted, snapshot, watch);
             tracing::info!(reference = %mount.info.reference, mount_point = %point.path().display(), "resumed");
             let reserved = Reserved {
                 agent,
@@ -413,14 +420,9 @@ impl Agent {
         self.count.send_replace(table.slots.len() + table.requests);
     }
 
-    pub fn mounts(&self) -> Vec<MountInfo> {
+    fn serving(&self) -> Vec<Arc<Mount>> {
         let table = self.table.lock();
-        table
-            .slots
-            .values()
-            .filter_map(Slot::serving)
-            .map(|mount| mount.current_info())
-            .collect()
+        table.slots.values().filter_map(Slot::serving).cloned().collect()
     }
 
     pub fn info(&self) -> AgentInfo {
@@ -475,6 +477,7 @@ impl Agent {
             reference: mount.info.reference.clone(),
             mount_point: mount.info.mount_point.clone(),
             error,
+            report: Some(mount.report()),
         }
     }
 
@@ -507,14 +510,7 @@ impl Agent {
     }
 
     fn choose(&self, target: &UnmountTarget) -> Result<Vec<Arc<Mount>>, AgentError> {
-        let mounts: Vec<Arc<Mount>> = self
-            .table
-            .lock()
-            .slots
-            .values()
-            .filter_map(Slot::serving)
-            .cloned()
-            .collect();
+        let mounts = self.serving();
         let chosen: Vec<Arc<Mount>> = match target {
             UnmountTarget::All => return Ok(mounts),
             UnmountTarget::MountPoint(path) => mounts
@@ -575,14 +571,7 @@ impl Agent {
     /// Refuses new mounts and unmounts everything: what is in use is detached, and goes with its last user.
     pub async fn shut_down(&self) {
         self.table.lock().stopping = true;
-        let mounts: Vec<Arc<Mount>> = self
-            .table
-            .lock()
-            .slots
-            .values()
-            .filter_map(Slot::serving)
-            .cloned()
-            .collect();
+        let mounts = self.serving();
         for mount in mounts {
             let outcome = self.unmount_one(&mount, false).await;
             let Some(error) = outcome.error else { continue };
@@ -603,6 +592,7 @@ impl Mount {
         since: jiff::Timestamp,
         mounted: Mounted,
         snapshot: Arc<Snapshot>,
+        watch: Watch,
     ) -> Arc<Self> {
         let resolved = &snapshot.resolved;
         let info = MountInfo {
@@ -615,13 +605,18 @@ impl Mount {
             since,
             io_mode: mounted.io_mode().mode.to_string(),
             io_mode_reason: mounted.io_mode().reason.clone(),
+            user: request.user.clone(),
+            uid: watch.owner().uid,
             requests: BTreeMap::new(),
+            traffic: Traffic::default(),
+            cached_percent: None,
             already_mounted: false,
         };
         Arc::new(Self {
             info,
             mounted: Arc::new(mounted),
-            _snapshot: snapshot,
+            snapshot,
+            watch,
         })
     }
 
@@ -634,6 +629,7 @@ impl Mount {
             .collect();
         MountInfo {
             requests,
+            traffic: self.watch.traffic(&self.mounted),
             ..self.info.clone()
         }
     }
@@ -683,7 +679,7 @@ impl Reserved {
         entry: Option<Entry>,
         runtime: &tokio::runtime::Handle,
     ) {
-        let served = Arc::clone(&mount.mounted);
+        let served = Arc::clone(&mount);
         {
             let mut table = self.agent.table.lock();
             table.slots.insert(self.key.clone(), Slot::Serving(mount));
@@ -691,10 +687,12 @@ impl Reserved {
         }
         runtime.spawn(async move {
             let shown = point.path().display();
-            match served.wait().await {
+            match served.mounted.wait().await {
                 Ended::Failed(error) => tracing::error!(mount_point = %shown, error, "the session failed"),
                 _ => tracing::info!(mount_point = %shown, "unmounted"),
             }
+            served.log_report();
+            drop(served);
             drop(point);
             // Asks the keeper, which takes a moment.
             let _ = tokio::task::spawn_blocking(move || drop(entry)).await;

@@ -10,6 +10,7 @@ mod mount;
 mod output;
 mod progress;
 mod publish;
+mod report;
 mod status;
 mod warm;
 

@@ -16,6 +16,7 @@ pub mod fetch;
 pub mod fs;
 pub mod fuse;
 pub mod handover;
+pub mod histogram;
 pub mod keeper;
 pub mod origin;
 pub mod pin;

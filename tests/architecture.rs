@@ -51,7 +51,15 @@ const ARROWS: &[(&str, &[&str])] = &[
 ];
 
 /// Newtypes without behaviour of their own.
-const LEAVES: &[&str] = &["block", "bytesize", "causes", "digest", "pin", "prefetch_policy"];
+const LEAVES: &[&str] = &[
+    "block",
+    "bytesize",
+    "causes",
+    "digest",
+    "histogram",
+    "pin",
+    "prefetch_policy",
+];
 
 /// Crate → the only rooms that may name it.
 const CRATES: &[(&str, &[&str])] = &[

@@ -230,7 +230,31 @@ fn what_the_mount_commands_print() {
     let busy = status.take(&sandbox.ok(&["status", "--json"]));
     assert_eq!(busy["mounts"][0]["mount_point"], point);
     assert!(busy["agent"]["origin_requests"].as_u64().unwrap() > 0);
+    let traffic = &busy["mounts"][0]["traffic"];
+    // What was fetched for the one mount is all that was fetched.
+    assert_eq!(traffic["origin_requests"], busy["agent"]["origin_requests"]);
+    assert_eq!(traffic["bytes_from_origin"], busy["agent"]["bytes_from_origin"]);
+    assert!(traffic["bytes_read"].as_u64().unwrap() >= 3, "{traffic}");
+    assert_eq!(busy["mounts"][0]["newer_version"], Value::Null);
+    assert_eq!(busy["mounts"][0]["uid"], nix::unistd::geteuid().as_raw());
+    assert_eq!(fs::read(Path::new(point).join("sub/b")).unwrap().len(), 200_000);
+    sandbox.ok(&["publish", &source, "data"]);
+    let newer = status.take(&sandbox.ok(&["status", "data", "--json"]));
+    assert_eq!(newer["mounts"][0]["newer_version"], 2);
     status.was_all_seen();
+    let shown = sandbox.ok(&["status"]);
+    for told in [
+        "alice:data/1 at ",
+        "you are on 1, 2 exists",
+        " by alice (uid ",
+        "% in the cache",
+        "readers waited",
+    ] {
+        assert!(shown.contains(told), "no {told:?} in:\n{shown}");
+    }
+    assert!(!shown.contains('\u{1b}'), "{shown}");
+    let refused = sandbox.fails(1, &["status", "nothing"]);
+    assert!(refused.contains("nothing is not mounted"), "{refused}");
 
     let mut unmount = Shape::of("unmount");
     // `data` is also a directory right here, which is no mount point: the reference is meant.
@@ -245,8 +269,15 @@ fn what_the_mount_commands_print() {
     );
     drop(held);
     let done = unmount.take(&sandbox.ok(&["unmount", "data", "--json"]));
-    let expected = serde_json::json!([{ "reference": "alice:data/1", "mount_point": point, "error": null }]);
-    assert_eq!(done, expected);
+    let done = &done[0];
+    assert_eq!(
+        (&done["reference"], &done["mount_point"], &done["error"]),
+        (&"alice:data/1".into(), &point.into(), &Value::Null)
+    );
+    // Nothing was read twice.
+    assert_eq!(done["report"]["suggested_cache_bytes"], Value::Null);
+    assert!(done["report"]["distinct_bytes"].as_u64().unwrap() >= 200_003);
+    assert!(!done["report"]["slowest"].as_array().unwrap().is_empty());
     assert_eq!(
         unmount.take(&sandbox.ok(&["unmount", "--all", "--json"])),
         serde_json::json!([])
@@ -255,6 +286,12 @@ fn what_the_mount_commands_print() {
     sandbox.ok(&["alice:data", "mnt"]);
     let done = unmount.take(&sandbox.ok(&["unmount", "mnt", "--json"]));
     assert_eq!(done[0]["mount_point"], sandbox.path("mnt").to_str().unwrap());
+    sandbox.ok(&["alice:data", "mnt"]);
+    let told = sandbox.ok(&["unmount", "mnt", "--report"]);
+    assert!(
+        told.contains("no longer at") && told.contains("nothing was read"),
+        "{told}"
+    );
     unmount.was_all_seen();
 }
 
@@ -301,4 +338,23 @@ fn what_the_cache_commands_print() {
 
     let path: String = serde_json::from_str(&sandbox.ok(&["cache", "path", "--json"])).unwrap();
     assert_eq!(Path::new(&path), sandbox.path("cache/grid"));
+}
+
+/// A line for each second, until nobody reads any more.
+#[test]
+fn a_watched_status_goes_on_and_ends_with_its_reader() {
+    use std::io::{BufRead as _, BufReader};
+    let sandbox = Sandbox::new();
+    let mut watching = sandbox
+        .grid(&["status", "--watch", "--json"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(watching.stdout.take().unwrap()).lines();
+    for _ in 0..2 {
+        let line: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+        assert_eq!(line, serde_json::json!({ "agent": null, "mounts": [] }));
+    }
+    drop(lines);
+    assert!(watching.wait().unwrap().success());
 }

@@ -68,7 +68,7 @@ async fn info(State(agent): State<Arc<Agent>>) -> Json<AgentInfo> {
 }
 
 async fn mounts(State(agent): State<Arc<Agent>>) -> Json<Vec<MountInfo>> {
-    Json(agent.mounts())
+    Json(agent.mounts_in_full().await)
 }
 
 async fn mount(

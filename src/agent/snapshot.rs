@@ -4,13 +4,13 @@ use std::{io, ops::Range, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::TryStreamExt;
 
-use super::sums::SumsPart;
+use super::{report::Watch, sums::SumsPart};
 use crate::{
     cache::{Cache, CacheError, TreeHandle},
     catalog::{self, Catalog, CatalogError, OriginLocation, Record, TreePart},
     fetch::{FetchObject, Fetcher, Source},
     fs::{
-        self, GridFs, Owner,
+        self, GridFs,
         fetched::{Fetched, Sources},
     },
     origin::{Deadlines, OriginError, Pin, Store, StoreSettings, StoreUrl},
@@ -256,16 +256,16 @@ impl Snapshot {
         Ok(fetcher.open(&domain(uid), self.sources().source(number)?))
     }
 
-    /// The snapshot as a file system of `owner`'s.
-    pub fn file_system(
+    /// The snapshot as a file system of the owner's that `watch` names.
+    pub(super) fn file_system(
         &self,
-        fetcher: &Arc<Fetcher>,
-        owner: Owner,
+        watch: &Watch,
         prefetch: PrefetchPolicy,
         runtime: &tokio::runtime::Handle,
     ) -> GridFs {
+        let owner = watch.owner();
         let content = Arc::new(Fetched::new(
-            Arc::clone(fetcher),
+            Arc::clone(watch.fetcher()),
             self.sources(),
             domain(owner.uid),
             prefetch,
@@ -276,7 +276,7 @@ impl Snapshot {
             fs::Snapshot {
                 reference,
                 tree: Arc::clone(&self.tree),
-                content,
+                content: watch.over(content),
             },
             owner,
         )

@@ -185,6 +185,7 @@ impl From<IoModeArg> for IoModeWish {
 Examples:
   grid-mount unmount alice:imagenet/3
   grid-mount unmount ~/datastores/imagenet
+  grid-mount unmount imagenet --report
   grid-mount unmount --all --lazy")]
 pub struct UnmountArgs {
     /// A reference (without a version: every mounted version of it) or a mount point
@@ -200,6 +201,9 @@ pub struct UnmountArgs {
     /// Detach now, even when in use; finish when the last user goes
     #[arg(long)]
     pub lazy: bool,
+    /// Say what the mount has done
+    #[arg(long)]
+    pub report: bool,
     #[command(flatten)]
     pub output: OutputArgs,
     #[command(flatten)]
@@ -211,9 +215,18 @@ pub struct UnmountArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  grid-mount status
-  grid-mount status --json | jq '.mounts[].mount_point'")]
+  grid-mount status                      every mount: what it is and how it does
+  grid-mount status imagenet             one of them
+  grid-mount status --watch              live, until Ctrl-C
+  grid-mount status --json | jq '.mounts[].mount_point'
+Many mounts are shown as a table; name one for its details.")]
 pub struct StatusArgs {
+    /// A reference (without a version: any) or a mount point
+    #[arg(value_name = "REF|MOUNTPOINT")]
+    pub target: Option<String>,
+    /// Show it again every second
+    #[arg(long, short)]
+    pub watch: bool,
     #[command(flatten)]
     pub output: OutputArgs,
     #[command(flatten)]

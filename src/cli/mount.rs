@@ -11,7 +11,7 @@ use super::{
     CliError,
     args::{MountArgs, SocketArgs, UnmountArgs},
     config::{self, Overrides},
-    output,
+    output, report,
 };
 use crate::{
     agent::{
@@ -180,13 +180,13 @@ pub async fn unmount(args: UnmountArgs) -> Result<(), CliError> {
         },
     };
     match outcomes {
-        Some(outcomes) => report(&args, &outcomes),
-        None if args.all => report(&args, &[]),
+        Some(outcomes) => tell(&args, &outcomes),
+        None if args.all => tell(&args, &[]),
         None => {
             if let UnmountTarget::MountPoint(path) = &request.target
                 && let Some(outcome) = agent::unmount_orphan(path, args.lazy)
             {
-                return report(&args, &[outcome]);
+                return tell(&args, &[outcome]);
             }
             let what = args.target.as_deref().unwrap_or_default();
             Err(CliError::Failed(
@@ -196,7 +196,7 @@ pub async fn unmount(args: UnmountArgs) -> Result<(), CliError> {
     }
 }
 
-fn report(args: &UnmountArgs, outcomes: &[UnmountOutcome]) -> Result<(), CliError> {
+fn tell(args: &UnmountArgs, outcomes: &[UnmountOutcome]) -> Result<(), CliError> {
     if args.output.json {
         output::print_json(&outcomes);
     }
@@ -212,7 +212,10 @@ fn report(args: &UnmountArgs, outcomes: &[UnmountOutcome]) -> Result<(), CliErro
                 result = Err(CliError::Told);
             }
             None if !args.output.json => {
-                output::print(&format!("{} is no longer at {place}\n", outcome.reference))
+                output::print(&format!("{} is no longer at {place}\n", outcome.reference));
+                if let Some(done) = outcome.report.as_ref().filter(|_| args.report) {
+                    output::print(&report::text(done));
+                }
             }
             None => {}
         }

@@ -15,7 +15,13 @@ use super::{
     Arrival, FetchError, FetchObject, Fetcher,
     pool::{Priority, Urgency},
 };
-use crate::{block::BlockNo, cache::Purpose, digest::BlockSum, origin::OriginError};
+use crate::{
+    block::BlockNo,
+    cache::Purpose,
+    digest::BlockSum,
+    histogram::{Distribution, Histogram},
+    origin::OriginError,
+};
 
 /// Requests of one job, the first included, that may fail without delivering anything.
 const TRIES: u32 = 6;
@@ -271,6 +277,7 @@ enum Stop {
 #[derive(Default)]
 pub(super) struct Latency {
     state: Mutex<Answers>,
+    times: Histogram,
 }
 
 #[derive(Default)]
@@ -291,7 +298,12 @@ impl Latency {
         answers.allowance = (answers.allowance + 0.05).min(8.0);
     }
 
+    pub fn times(&self) -> Distribution {
+        self.times.read()
+    }
+
     fn answered(&self, took: Duration) {
+        self.times.observe(took);
         let mut answers = self.state.lock();
         if answers.recent.len() == REMEMBERED {
             answers.recent.pop_front();
