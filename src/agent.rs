@@ -8,6 +8,7 @@ pub mod client;
 pub mod control;
 pub mod keeping;
 pub mod launch;
+pub mod metrics;
 pub mod mount_point;
 mod report;
 mod reuse;

@@ -8,6 +8,7 @@ mod file;
 use std::{
     collections::BTreeMap,
     fmt, io,
+    net::SocketAddr,
     path::{Path, PathBuf},
     str::FromStr,
     time::Duration,
@@ -27,7 +28,7 @@ pub const HOST_FILE: &str = "/etc/grid-mount/config.toml";
 
 /// Every setting, as named in files. `GRID_MOUNT_` and the upper-case name is the environment's name,
 /// `--` and the name with hyphens the flag's.
-pub const KEYS: [&str; 9] = [
+pub const KEYS: [&str; 10] = [
     "catalog",
     "user",
     "cache_dir",
@@ -37,6 +38,7 @@ pub const KEYS: [&str; 9] = [
     "connections",
     "read_deadline",
     "prefetch",
+    "metrics_listen",
 ];
 
 #[derive(Debug, thiserror::Error)]
@@ -135,6 +137,35 @@ impl fmt::Display for DiskShare {
     }
 }
 
+/// Where metrics can be had besides the control socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MetricsListen {
+    Nowhere,
+    At(SocketAddr),
+}
+
+impl FromStr for MetricsListen {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.trim() {
+            "none" => Ok(Self::Nowhere),
+            address => address.parse().map(Self::At).map_err(|_| {
+                format!("{text:?} is not an address: write 127.0.0.1:9464, [::1]:9464, or none")
+            }),
+        }
+    }
+}
+
+impl fmt::Display for MetricsListen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nowhere => f.write_str("none"),
+            Self::At(address) => address.fmt(f),
+        }
+    }
+}
+
 /// The settings in force.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -153,6 +184,7 @@ pub struct Settings {
     pub read_deadline: Sourced<Duration>,
     /// What a mount fetches on its own account.
     pub prefetch: Sourced<PrefetchPolicy>,
+    pub metrics_listen: Sourced<MetricsListen>,
 }
 
 /// One line of `grid-mount config`.
@@ -312,6 +344,7 @@ impl Settings {
             connections: layers.get("connections", connections, || Ok(64))?,
             read_deadline: layers.get("read_deadline", seconds, || Ok(Duration::from_secs(60)))?,
             prefetch: layers.get("prefetch", str::parse, || Ok(PrefetchPolicy::Auto))?,
+            metrics_listen: layers.get("metrics_listen", str::parse, || Ok(MetricsListen::Nowhere))?,
         })
     }
 
@@ -342,6 +375,7 @@ impl Settings {
             line("connections", &self.connections),
             line("read_deadline", &read_deadline),
             line("prefetch", &self.prefetch),
+            line("metrics_listen", &self.metrics_listen),
         ]
     }
 }

@@ -12,6 +12,8 @@
 //! | `POST /v1/cache/verify` | | lines of [`Line`]`<`[`VerifyProgress`]`>` until it is done |
 //! | `POST /v1/warm` | [`WarmRequest`] | lines of [`Line`]`<`[`WarmProgress`]`>` until it is done |
 //!
+//! `GET /metrics` answers with Prometheus text: docs/metrics.md.
+//!
 //! Whoever stops reading lines stops the work. An error is a 4xx or 5xx with a [`Problem`]. Shapes only grow: fields are added, never renamed.
 
 use std::{collections::BTreeMap, path::PathBuf};

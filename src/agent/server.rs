@@ -46,6 +46,7 @@ pub async fn serve(
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
     let routes = Router::new()
+        .route("/metrics", get(super::metrics::answer))
         .route("/v1/agent", get(info))
         .route("/v1/mounts", get(mounts).post(mount))
         .route("/v1/unmount", post(unmount))

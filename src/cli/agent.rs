@@ -1,8 +1,9 @@
 //! `grid-mount agent`, and `--foreground`: this process serves.
 
-use std::{ffi::OsString, os::fd::AsFd, path::PathBuf, sync::Arc, time::Duration};
+use std::{ffi::OsString, net::TcpListener, os::fd::AsFd, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     CliError,
@@ -16,8 +17,9 @@ use crate::{
         Agent,
         keeping::{self, Keeping},
         launch::{KeeperLock, LaunchError, Readiness, SocketLock},
-        server,
+        metrics, server,
     },
+    config::{MetricsListen, Settings},
     keeper::{self, End, Limits, Link, Plan},
 };
 
@@ -56,7 +58,7 @@ fn keep(args: &AgentArgs) -> Result<(), CliError> {
         None => Readiness::none(),
     };
     let prepared = (|| {
-        let settings = config::load(&Overrides::of(&Default::default(), &args.agent))?;
+        let settings = config::load(&Overrides::of_agent(args))?;
         let socket = own_socket(&args.socket)?;
         let program = std::env::current_exe().map_err(CliError::failed)?;
         Ok((settings, socket, program))
@@ -104,7 +106,7 @@ fn keep(args: &AgentArgs) -> Result<(), CliError> {
 
 fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliError> {
     start_logging();
-    let settings = config::load(&Overrides::of(&Default::default(), &args.agent))?;
+    let settings = config::load(&Overrides::of_agent(args))?;
     let socket = own_socket(&args.socket)?;
     let (link, held) = match args.kept {
         false => (None, Vec::new()),
@@ -131,6 +133,7 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
     let runtime = runtime()?;
     let result = runtime.block_on(async {
         let keeping = Keeping::beside(&socket, link);
+        let metrics = metrics_listener(&settings);
         let agent = Agent::new(config::agent_config(&settings)?, keeping).map_err(CliError::failed)?;
         // Before anything is resumed: a failure from then on would end what lives.
         let listener = lock.bind().map_err(CliError::failed)?;
@@ -138,6 +141,7 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
         agent
             .resume(held, &config::store_settings().unwrap_or_default())
             .await;
+        let _scraped = metrics.map(|listener| scraped(&agent, listener));
         serve(&agent, listener, args.on_demand, || readiness.ready()).await
     });
     runtime.shutdown_timeout(Duration::from_secs(5));
@@ -164,7 +168,9 @@ pub fn foreground(args: MountArgs) -> Result<(), CliError> {
     let runtime = runtime()?;
     let result = runtime.block_on(async {
         let keeping = Keeping::beside(&socket, None);
+        let metrics = metrics_listener(&settings);
         let agent = Agent::new(config::agent_config(&settings)?, keeping).map_err(CliError::failed)?;
+        let _scraped = metrics.map(|listener| scraped(&agent, listener));
         let listener = lock.bind().map_err(CliError::failed)?;
         agent.resume(Vec::new(), &request.store_settings).await;
         let info = agent.mount(request).await.map_err(CliError::failed)?;
@@ -216,6 +222,29 @@ async fn serve(
         // A connection that its caller leaves open ends with the process.
         Err(_) => Ok(()),
     }
+}
+
+/// An address that is taken keeps nobody's mounts from being served.
+fn metrics_listener(settings: &Settings) -> Option<TcpListener> {
+    let MetricsListen::At(address) = settings.metrics_listen.value else {
+        return None;
+    };
+    match TcpListener::bind(address) {
+        Ok(listener) => Some(listener),
+        Err(error) => {
+            tracing::error!(%address, %error, "nobody can read metrics there; the control socket has them");
+            None
+        }
+    }
+}
+
+fn scraped(agent: &Arc<Agent>, listener: TcpListener) -> AbortOnDropHandle<()> {
+    let agent = Arc::clone(agent);
+    AbortOnDropHandle::new(tokio::spawn(async move {
+        if let Err(error) = metrics::serve(agent, listener).await {
+            tracing::error!(%error, "metrics are not served any more");
+        }
+    }))
 }
 
 fn own_socket(args: &SocketArgs) -> Result<PathBuf, CliError> {

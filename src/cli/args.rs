@@ -434,13 +434,17 @@ pub struct DemoArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Example:
+Examples:
   grid-mount agent --socket /run/user/1000/grid-mount/agent.sock
+  grid-mount agent --metrics-listen 127.0.0.1:9464
 Any `grid-mount REF` starts one by itself; it ends with its last mount.")]
 pub struct AgentArgs {
     /// End with the last mount
     #[arg(long)]
     pub on_demand: bool,
+    /// Where Prometheus may read /metrics, too: 127.0.0.1:9464; anybody who reaches it can
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics_listen: Option<String>,
     /// A descriptor that is told when the agent is ready
     #[arg(long, hide = true)]
     pub ready_fd: Option<i32>,

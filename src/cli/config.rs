@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, env, io, path::Path};
 
 use super::{
     CliError,
-    args::{AgentSettingArgs, CatalogArgs, ConfigArgs, MountArgs},
+    args::{AgentArgs, AgentSettingArgs, CatalogArgs, ConfigArgs, MountArgs},
     output,
 };
 use crate::{
@@ -23,6 +23,15 @@ impl Overrides {
         let mut overrides = Self::of(&args.catalog, &args.agent);
         if let Some(prefetch) = &args.prefetch {
             overrides.0.insert("prefetch", prefetch.clone());
+        }
+        overrides
+    }
+
+    /// Of an agent that is started by hand or by another command.
+    pub fn of_agent(args: &AgentArgs) -> Self {
+        let mut overrides = Self::of(&Default::default(), &args.agent);
+        if let Some(address) = &args.metrics_listen {
+            overrides.0.insert("metrics_listen", address.clone());
         }
         overrides
     }
