@@ -6,6 +6,7 @@ mod cache;
 mod catalog;
 mod config;
 mod demo;
+mod manual;
 mod mount;
 mod output;
 mod progress;
@@ -79,6 +80,11 @@ fn run(command: Command) -> Result<(), CliError> {
         Command::Config(args) => config::show(&args),
         Command::Demo(args) => demo::demo(&args),
         Command::Agent(args) => agent::agent(args),
+        Command::Completions(args) => {
+            manual::completions(&args);
+            Ok(())
+        }
+        Command::Man(args) => manual::man(&args),
     }
 }
 

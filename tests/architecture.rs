@@ -65,6 +65,8 @@ const LEAVES: &[&str] = &[
 const CRATES: &[(&str, &[&str])] = &[
     ("fuser", &["fuse", "handover"]),
     ("clap", &["cli"]),
+    ("clap_complete", &["cli"]),
+    ("clap_mangen", &["cli"]),
     ("object_store", &["origin"]),
     ("indicatif", &["cli"]),
     ("axum", &["agent"]),

@@ -38,6 +38,11 @@ impl Cli {
         })
     }
 
+    /// The same with nothing left out: for manuals and shells.
+    pub fn complete_grammar() -> clap::Command {
+        Self::command()
+    }
+
     /// Parses this process's arguments; prints help or usage errors and ends the process where that is due.
     pub fn from_process() -> Self {
         let matches = Self::grammar().get_matches();
@@ -74,6 +79,10 @@ pub enum Command {
     Demo(DemoArgs),
     /// Serve mounts (started by itself when needed)
     Agent(AgentArgs),
+    /// Print what a shell needs to complete commands
+    Completions(CompletionsArgs),
+    /// Print the manual page, or write all of them
+    Man(ManArgs),
 }
 
 /// Settings that every command which asks the catalog understands.
@@ -458,6 +467,28 @@ pub struct AgentArgs {
     pub socket: SocketArgs,
     #[command(flatten)]
     pub agent: AgentSettingArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  grid-mount completions bash > ~/.local/share/bash-completion/completions/grid-mount
+  grid-mount completions zsh > /usr/local/share/zsh/site-functions/_grid-mount
+  grid-mount completions fish > ~/.config/fish/completions/grid-mount.fish")]
+pub struct CompletionsArgs {
+    #[arg(value_name = "SHELL", value_enum)]
+    pub shell: clap_complete::Shell,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  grid-mount man | man -l -
+  grid-mount man --dir /usr/local/share/man/man1")]
+pub struct ManArgs {
+    /// Write a page for each command there, and print their names
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
 }
 
 #[cfg(test)]
