@@ -32,7 +32,8 @@ fn bash_completes_commands_and_options() {
         let last = words.len() - 1;
         let quoted: Vec<String> = words.iter().map(|word| format!("'{word}'")).collect();
         let asked = format!(
-            ". ./script; COMP_WORDS=({}); COMP_CWORD={last}; _grid__mount grid-mount '{}' '{}'; echo \"${{COMPREPLY[@]}}\"",
+            ". ./script; f=$(complete -p grid-mount); f=${{f##*-F }}; f=${{f%% *}}; \
+             COMP_WORDS=({}); COMP_CWORD={last}; $f grid-mount '{}' '{}'; echo \"${{COMPREPLY[@]}}\"",
             quoted.join(" "),
             words[last],
             words[last - 1],

@@ -12,10 +12,23 @@ use super::{
 
 const PROGRAM: &str = "grid-mount";
 
+/// A name that the generator for bash understands: with a hyphen in it, it writes one set of labels and
+/// looks for another (clap_complete 4.6), so that nothing below the first word is completed.
+const BASH_NAME: &str = "grid_mount";
+
 pub fn completions(args: &CompletionsArgs) {
-    let mut script = Vec::new();
-    clap_complete::generate(args.shell, &mut Cli::complete_grammar(), PROGRAM, &mut script);
-    output::print(&String::from_utf8_lossy(&script));
+    let script = |name: &str| {
+        let mut script = Vec::new();
+        clap_complete::generate(args.shell, &mut Cli::complete_grammar(), name, &mut script);
+        String::from_utf8_lossy(&script).into_owned()
+    };
+    output::print(&match args.shell {
+        // The name is that of the program only where the function is registered for it.
+        clap_complete::Shell::Bash => {
+            script(BASH_NAME).replace(&format!("default {BASH_NAME}\n"), &format!("default {PROGRAM}\n"))
+        }
+        _ => script(PROGRAM),
+    });
 }
 
 pub fn man(args: &ManArgs) -> Result<(), CliError> {
