@@ -12,6 +12,7 @@ mod output;
 mod progress;
 mod publish;
 mod report;
+mod run;
 mod status;
 mod warm;
 
@@ -33,6 +34,9 @@ pub enum CliError {
     /// Everything has been said already: exit status 1.
     #[error("")]
     Told,
+    /// Everything has been said already, and this is the exit status.
+    #[error("")]
+    Exit(u8),
 }
 
 impl CliError {
@@ -50,9 +54,10 @@ impl CliError {
 pub fn main() -> ExitCode {
     let cli = Cli::from_process();
     let command = cli.command.unwrap_or(Command::Mount(cli.mount));
-    match run(command) {
+    match perform(command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(CliError::Told) => ExitCode::from(1),
+        Err(CliError::Exit(status)) => ExitCode::from(status),
         Err(error @ CliError::Usage(_)) => {
             output::note(&format!("grid-mount: {error}"));
             ExitCode::from(2)
@@ -64,11 +69,12 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> Result<(), CliError> {
+fn perform(command: Command) -> Result<(), CliError> {
     match command {
         Command::Mount(args) if args.foreground => agent::foreground(args),
         Command::Mount(args) => block_on(mount::mount(args)),
         Command::Unmount(args) => block_on(mount::unmount(args)),
+        Command::Run(args) => block_on(run::run(args)),
         Command::Status(args) => block_on(status::status(args)),
         Command::List(args) => block_on(catalog::list(args)),
         Command::Info(args) => block_on(catalog::info(args)),

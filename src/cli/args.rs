@@ -57,6 +57,8 @@ pub enum Command {
     /// Unmount by reference or by mount point
     #[command(visible_alias = "umount")]
     Unmount(UnmountArgs),
+    /// Mount, run a command, unmount
+    Run(RunArgs),
     /// Show what is mounted, and the cache
     Status(StatusArgs),
     /// List datastores: yours, a user's, or everybody's
@@ -219,6 +221,55 @@ pub struct UnmountArgs {
     pub socket: SocketArgs,
     #[command(flatten)]
     pub catalog: CatalogArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  grid-mount run --datastore alice:imagenet/3 -- python train.py
+  grid-mount run --datastore bob:coco=/data/coco -- ls /data/coco
+  grid-mount run --datastore_name imagenet --datastore_mount_dir /data -- ls /data
+Nobody but the command sees anything at these paths. Its exit status is passed on (128 + n if signal n ended it).")]
+pub struct RunArgs {
+    /// What to mount, and where; may be repeated. Default path: as `mount` has it
+    #[arg(long, value_name = "REF[=PATH]", required_unless_present = "datastore_name")]
+    pub datastore: Vec<String>,
+    /// As Grid has it: one data set,
+    #[arg(long = "datastore_name", value_name = "REF")]
+    pub datastore_name: Option<String>,
+    /// … its version
+    #[arg(
+        long = "datastore_version",
+        value_name = "VERSION",
+        requires = "datastore_name"
+    )]
+    pub datastore_version: Option<String>,
+    /// … and its path
+    #[arg(
+        long = "datastore_mount_dir",
+        value_name = "PATH",
+        requires = "datastore_name"
+    )]
+    pub datastore_mount_dir: Option<PathBuf>,
+    /// Mount for everything on this host to see, not for the command alone
+    #[arg(long)]
+    pub shared: bool,
+    /// Say on standard error what the mounts have done
+    #[arg(long)]
+    pub report: bool,
+    #[arg(
+        value_name = "CMD",
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true
+    )]
+    pub command: Vec<std::ffi::OsString>,
+    #[command(flatten)]
+    pub socket: SocketArgs,
+    #[command(flatten)]
+    pub catalog: CatalogArgs,
+    #[command(flatten)]
+    pub agent: AgentSettingArgs,
 }
 
 #[derive(Debug, Args)]

@@ -31,17 +31,25 @@ pub const AGENT_PAUSE: Duration = Duration::from_millis(100);
 pub async fn mount(args: MountArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of_mount(&args))?;
     let request = request(&args, &settings)?;
+    let info = through_agent(&args.socket, &settings, &request).await?;
+    show(&args, &info);
+    Ok(())
+}
+
+/// Asks the agent there is, or starts one.
+pub async fn through_agent(
+    socket: &SocketArgs,
+    settings: &Settings,
+    request: &MountRequest,
+) -> Result<MountInfo, CliError> {
     let mut last = None;
     for _ in 0..AGENT_TRIES {
-        let client = match connect(&args.socket).await? {
+        let client = match connect(socket).await? {
             Some(client) => client,
-            None => start_agent(&settings)?,
+            None => start_agent(settings)?,
         };
-        match client.mount(&request).await {
-            Ok(info) => {
-                show(&args, &info);
-                return Ok(());
-            }
+        match client.mount(request).await {
+            Ok(info) => return Ok(info),
             Err(error) if error.is_absence() => last = Some(error),
             Err(error) => return Err(CliError::failed(error)),
         }
@@ -89,7 +97,7 @@ pub fn show(args: &MountArgs, info: &MountInfo) {
 }
 
 /// `/datastores/NAME` for root, `~/datastores/NAME` otherwise.
-fn default_mount_point(datastore: &DatastoreName) -> Result<PathBuf, CliError> {
+pub fn default_mount_point(datastore: &DatastoreName) -> Result<PathBuf, CliError> {
     if nix::unistd::geteuid().is_root() {
         return Ok(Path::new("/datastores").join(datastore.as_str()));
     }
@@ -102,7 +110,7 @@ fn default_mount_point(datastore: &DatastoreName) -> Result<PathBuf, CliError> {
 }
 
 /// The path without `.` and `..`, which the agent, elsewhere in the tree, could not resolve as typed.
-fn absolute(path: &Path) -> Result<PathBuf, CliError> {
+pub fn absolute(path: &Path) -> Result<PathBuf, CliError> {
     let path = std::path::absolute(path).map_err(CliError::failed)?;
     if let Ok(canonical) = path.canonicalize() {
         return Ok(canonical);
