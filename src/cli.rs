@@ -6,6 +6,7 @@ mod cache;
 mod catalog;
 mod config;
 mod demo;
+mod doctor;
 mod manual;
 mod mount;
 mod output;
@@ -84,6 +85,7 @@ fn perform(command: Command) -> Result<(), CliError> {
         Command::Cache(args) => block_on(cache::cache(args.command)),
         Command::Warm(args) => block_on(warm::warm(args)),
         Command::Config(args) => config::show(&args),
+        Command::Doctor(args) => block_on(doctor::doctor(args)),
         Command::Demo(args) => demo::demo(&args),
         Command::Agent(args) => agent::agent(args),
         Command::Completions(args) => {

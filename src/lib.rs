@@ -12,6 +12,7 @@ pub mod causes;
 pub mod cli;
 pub mod config;
 pub mod digest;
+pub mod doctor;
 pub mod fetch;
 pub mod fs;
 pub mod fuse;

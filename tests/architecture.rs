@@ -36,12 +36,15 @@ const ARROWS: &[(&str, &[&str])] = &[
             "keeper",
         ],
     ),
+    // Asks the stores as a mount would, and the mount table; knows no agent and no settings' layers.
+    ("doctor", &["catalog", "reference", "origin", "fuse"]),
     (
         "cli",
         &[
             "agent",
             "catalog",
             "config",
+            "doctor",
             "keeper",
             "publish",
             "reference",
@@ -70,6 +73,8 @@ const CRATES: &[(&str, &[&str])] = &[
     ("object_store", &["origin"]),
     ("indicatif", &["cli"]),
     ("axum", &["agent"]),
+    // The date of a server's answer, which no store client tells.
+    ("reqwest", &["doctor"]),
     ("memmap2", &["tree"]),
 ];
 

@@ -358,3 +358,57 @@ fn a_watched_status_goes_on_and_ends_with_its_reader() {
     drop(lines);
     assert!(watching.wait().unwrap().success());
 }
+
+#[test]
+fn what_doctor_prints() {
+    let sandbox = Sandbox::new();
+    let mut doctor = Shape::of("doctor");
+    // What is wrong with this host, or mounted on it, is not this test's concern.
+    let output = sandbox.grid(&["doctor", "--json"]).output().unwrap();
+    assert!(matches!(output.status.code(), Some(0 | 1)), "{}", told(&output));
+    let findings = doctor.take(std::str::from_utf8(&output.stdout).unwrap());
+    let findings = findings.as_array().unwrap();
+    let of = |check: &str| findings.iter().find(|finding| finding["check"] == check);
+    for check in [
+        "kernel",
+        "dev-fuse",
+        "fusermount3",
+        "open-files",
+        "cache-directory",
+        "cache-space",
+        "cache-speed",
+        "cache-holes",
+        "mounts",
+    ] {
+        assert!(of(check).is_some(), "no {check} in {findings:?}");
+    }
+    assert_eq!(of("catalog").unwrap()["verdict"], "good");
+    let is_bad = findings.iter().any(|finding| finding["verdict"] == "bad");
+    assert_eq!(output.status.code(), Some(i32::from(is_bad)));
+
+    let nowhere = ["doctor", "--json", "--catalog", "file:///no/such/catalog"];
+    let output = sandbox.grid(&nowhere).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", told(&output));
+    let findings = doctor.take(std::str::from_utf8(&output.stdout).unwrap());
+    let catalog = &findings.as_array().unwrap().iter();
+    let catalog = catalog
+        .clone()
+        .find(|finding| finding["check"] == "catalog")
+        .unwrap();
+    assert_eq!(
+        (&catalog["verdict"], &catalog["fix"]),
+        (&"bad".into(), &"no".into())
+    );
+    assert!(
+        catalog["mend"].as_str().unwrap().contains("--catalog"),
+        "{catalog}"
+    );
+    doctor.was_all_seen();
+
+    let output = sandbox.grid(&["doctor"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        text.contains("kernel: Linux ") && !text.contains('\u{1b}'),
+        "{text}"
+    );
+}

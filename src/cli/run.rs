@@ -49,7 +49,7 @@ struct Wanted {
 }
 
 pub async fn run(args: RunArgs) -> Result<(), CliError> {
-    let settings = config::load(&Overrides::of(&args.catalog, &args.agent))?;
+    let settings = config::load(&Overrides::of(&args.catalog, &Default::default()))?;
     let wanted = wanted(&args)?;
     // From now on what would end this program ends the command first.
     let mut signals = Signals::new().map_err(CliError::failed)?;
