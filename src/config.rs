@@ -4,6 +4,7 @@
 //! read the process's environment: both come in as plain values, so that all of it is a pure function.
 
 mod file;
+mod grid;
 
 use std::{
     collections::BTreeMap,
@@ -17,6 +18,7 @@ use std::{
 use serde::Serialize;
 
 use self::file::FileSettings;
+pub use self::grid::{ApiKey, Grid};
 use crate::{
     bytesize::{ByteSize, ByteSizeError},
     origin::{OriginError, StoreUrl},
@@ -69,7 +71,14 @@ pub enum ConfigError {
 pub enum Source {
     Flag(&'static str),
     Environment(&'static str),
-    File { path: PathBuf, line: usize },
+    File {
+        path: PathBuf,
+        line: usize,
+    },
+    /// A variable that is not ours.
+    Variable(&'static str),
+    /// The file with somebody's credentials that Grid's command line writes.
+    Credentials(PathBuf),
     Default,
 }
 
@@ -79,6 +88,8 @@ impl fmt::Display for Source {
             Self::Flag(key) => write!(f, "flag --{}", key.replace('_', "-")),
             Self::Environment(key) => write!(f, "environment {}", environment_name(key)),
             Self::File { path, line } => write!(f, "{}:{line}", path.display()),
+            Self::Variable(name) => write!(f, "environment {name}"),
+            Self::Credentials(path) => path.display().fmt(f),
             Self::Default => f.write_str("default"),
         }
     }
@@ -327,10 +338,10 @@ impl Settings {
                         message: error.to_string(),
                     })
             })?,
-            user: layers.get("user", str::parse, || {
-                let login = inputs.login.as_deref().ok_or(ConfigError::NoUser)?;
-                login.parse().map_err(|_| ConfigError::NoUser)
-            })?,
+            user: match layers.raw("user") {
+                Some(_) => layers.get("user", str::parse, || Err(ConfigError::NoUser))?,
+                None => user_by_default(inputs)?,
+            },
             cache_dir: layers.get("cache_dir", absolute, || {
                 if inputs.is_root {
                     return Ok(PathBuf::from("/var/cache/grid-mount"));
@@ -378,6 +389,27 @@ impl Settings {
             line("metrics_listen", &self.metrics_listen),
         ]
     }
+}
+
+/// Who somebody is to Grid, else to this host.
+fn user_by_default(inputs: &Inputs) -> Result<Sourced<UserName>, ConfigError> {
+    if let Some(user) = Grid::load(inputs)?.user_id {
+        return match user.value.parse() {
+            Ok(value) => Ok(Sourced {
+                value,
+                source: user.source,
+            }),
+            Err(error) => Err(ConfigError::Value {
+                source_of: user.source,
+                message: format!("{error}"),
+            }),
+        };
+    }
+    let login = inputs.login.as_deref().ok_or(ConfigError::NoUser)?;
+    Ok(Sourced {
+        value: login.parse().map_err(|_| ConfigError::NoUser)?,
+        source: Source::Default,
+    })
 }
 
 fn absolute(text: &str) -> Result<PathBuf, String> {

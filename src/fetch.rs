@@ -25,6 +25,7 @@ use bytes::{Bytes, BytesMut};
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, watch};
+use tracing::Instrument as _;
 
 use self::{
     buffers::Buffers,
@@ -406,7 +407,10 @@ impl Fetcher {
             }
         }
         for job in jobs {
-            self.runtime.spawn(job.run());
+            // Within the span of the read that asked first: the log tells which requests a read waited for.
+            let span =
+                tracing::debug_span!("fetch", key = object.source.key, blocks = ?job.blocks(), ?priority);
+            self.runtime.spawn(job.run().instrument(span));
         }
         started
     }

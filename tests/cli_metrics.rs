@@ -183,3 +183,33 @@ fn what_a_scraper_reads() {
     assert!(head.starts_with("HTTP/1.1 200"), "{head}");
     sandbox.ok(&["unmount", "--all"]);
 }
+
+#[test]
+fn the_log_joins_a_read_to_its_requests() {
+    if !Path::new("/dev/fuse").exists() {
+        skip("the log of a read", "there is no /dev/fuse");
+        return;
+    }
+    let sandbox = Sandbox::new().env("GRID_MOUNT_LOG", "grid_mount=debug");
+    let source = sandbox.path("source");
+    fs::create_dir(&source).unwrap();
+    fs::write(source.join("a"), vec![1; 300_000]).unwrap();
+    sandbox.ok(&["publish", source.to_str().unwrap(), "data"]);
+    let point = sandbox.path("mnt");
+    sandbox.ok(&["data", point.to_str().unwrap()]);
+    assert_eq!(fs::read(point.join("a")).unwrap().len(), 300_000);
+    sandbox.ok(&["unmount", "--all"]);
+    let dir = sandbox.path("run/grid-mount");
+    let logs: String = fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "log"))
+        .map(|path| fs::read_to_string(path).unwrap())
+        .collect();
+    let joined = logs.lines().any(|line| {
+        line.contains("read{reference=\"alice:data/1\"")
+            && line.contains(":fetch{key=")
+            && line.contains("GET")
+    });
+    assert!(joined, "{logs}");
+}

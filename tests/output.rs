@@ -194,6 +194,28 @@ fn what_the_catalog_commands_print() {
         "{user}"
     );
     config.was_all_seen();
+
+    // Grid's own file says who somebody is, and its key is never shown.
+    let home = sandbox.path("home/.grid");
+    fs::create_dir(&home).unwrap();
+    let credentials = r#"{"UserID": "grid-user", "APIKey": "hush-hush"}"#;
+    fs::write(home.join("credentials.json"), credentials).unwrap();
+    let asked = |arguments: &[&str]| {
+        let output = sandbox
+            .grid(arguments)
+            .env_remove("GRID_MOUNT_USER")
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", told(&output));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    for shown in [asked(&["config"]), asked(&["config", "--json"])] {
+        assert!(
+            shown.contains("grid-user") && shown.contains(".grid/credentials.json"),
+            "{shown}"
+        );
+        assert!(shown.contains("(set)") && !shown.contains("hush"), "{shown}");
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     agent::{AgentConfig, CacheConfig, FetchConfig, VerifyPolicy},
-    config::{Inputs, Settings},
+    config::{Grid, Inputs, Settings},
     origin::StoreSettings,
 };
 
@@ -59,7 +59,11 @@ impl Overrides {
 }
 
 pub fn load(overrides: &Overrides) -> Result<Settings, CliError> {
-    let inputs = Inputs {
+    Settings::load(&inputs(overrides)).map_err(CliError::usage)
+}
+
+fn inputs(overrides: &Overrides) -> Inputs {
+    Inputs {
         flags: overrides.0.clone(),
         environment: unicode_environment().collect(),
         host_file: None,
@@ -68,8 +72,7 @@ pub fn load(overrides: &Overrides) -> Result<Settings, CliError> {
             .flatten()
             .map(|user| user.name),
         is_root: nix::unistd::geteuid().is_root(),
-    };
-    Settings::load(&inputs).map_err(CliError::usage)
+    }
 }
 
 /// What is not Unicode is none of our variables.
@@ -124,7 +127,13 @@ fn disk_size(dir: &Path) -> io::Result<u64> {
 
 /// `grid-mount config`
 pub fn show(args: &ConfigArgs) -> Result<(), CliError> {
-    let explained = load(&Overrides::of(&args.catalog, &args.agent))?.explain();
+    let overrides = Overrides::of(&args.catalog, &args.agent);
+    let mut explained = load(&overrides)?.explain();
+    explained.extend(
+        Grid::load(&inputs(&overrides))
+            .map_err(CliError::usage)?
+            .explain(),
+    );
     if args.output.json {
         output::print_json(&explained);
         return Ok(());

@@ -40,8 +40,15 @@ pub(super) struct Job {
 }
 
 impl Job {
+    /// Those it brings.
+    pub fn blocks(&self) -> std::ops::Range<u64> {
+        self.first..self.first + self.waiters.len() as u64
+    }
+
     pub async fn run(mut self) {
+        let started = Instant::now();
         let result = self.fetch().await;
+        tracing::debug!(took = ?started.elapsed(), failed = result.is_err(), "ended");
         if let Err(error) = result {
             if self.urgency.get() != Priority::Waited {
                 tracing::debug!(key = self.object.source.key, %error, "fetching ahead failed");
@@ -251,6 +258,7 @@ impl Job {
                 Err(_) => first.await,
             },
         };
+        tracing::debug!(took = ?started.elapsed(), failed = opened.is_err(), ?range, "GET");
         if opened.is_ok() {
             latency.answered(started.elapsed());
         }

@@ -25,6 +25,7 @@ use fuser::{
 };
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
+use tracing::Instrument as _;
 
 use super::{
     Handshake,
@@ -428,7 +429,8 @@ impl Filesystem for Server {
         let Some(reply) = reply else { return };
         self.counters.count(Operation::ReadMiss);
         let (fs, counters) = (self.fs.clone(), self.counters.clone());
-        self.runtime.spawn(async move {
+        let span = tracing::debug_span!("read", reference = fs.reference(), ino = ino.0, offset, length);
+        let answering = async move {
             match fs.read(ino, offset, length).await {
                 Ok(bytes) => {
                     counters.count_bytes(bytes.len());
@@ -443,7 +445,8 @@ impl Filesystem for Server {
                 offset,
                 length,
             });
-        });
+        };
+        self.runtime.spawn(answering.instrument(span));
     }
 
     fn release(
