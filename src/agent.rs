@@ -11,8 +11,11 @@ pub mod control;
 mod idle;
 pub mod keeping;
 pub mod launch;
+pub mod metrics;
 pub mod mount_point;
 pub mod reload;
+mod report;
+mod reuse;
 pub mod server;
 pub mod snapshot;
 mod stored;
@@ -37,9 +40,10 @@ use tokio::sync::watch;
 use self::{
     access::{Access, AccessError, Caller},
     as_caller::NamespaceId,
-    control::{AgentInfo, MountInfo, MountRequest, UnmountOutcome, UnmountRequest, UnmountTarget},
+    control::{AgentInfo, MountInfo, MountRequest, Traffic, UnmountOutcome, UnmountRequest, UnmountTarget},
     keeping::{Entry, Keeping},
     mount_point::{Elsewhere, MountPoint, MountPointError, Prepared, Target},
+    report::Watch,
     snapshot::{Asking, Resolved, Snapshot, SnapshotError},
 };
 use crate::{
@@ -166,6 +170,7 @@ pub fn unmount_orphan(path: &Path, lazy: bool, owner: Option<u32>) -> Option<Unm
         mount_point: orphan.mount_point,
         error,
         holds: 0,
+        report: None,
     })
 }
 
@@ -179,7 +184,8 @@ struct Mount {
     holds: AtomicU32,
     mounted: Arc<Mounted>,
     /// Keeps the tree's file in the cache while it is mapped.
-    _snapshot: Arc<Snapshot>,
+    snapshot: Arc<Snapshot>,
+    watch: Watch,
 }
 
 /// Where something is mounted, as this agent tells mount points apart.
@@ -426,7 +432,8 @@ impl Agent {
         options.io_mode = request.io_mode;
         options.share = request.share != Share::None;
         options.open_table = entry.as_ref().and_then(Entry::open_table);
-        let fs = snapshot.file_system(&self.fetcher, (owner, request.share), request.prefetch, &handle);
+        let watch = Watch::new(&self.fetcher, owner);
+        let fs = snapshot.file_system(&watch, request.share, request.prefetch, &handle);
         let mounted = match target {
             None => fuse::mount(fs, options, &handle),
             Some(target) => {
@@ -446,7 +453,7 @@ impl Agent {
         let since = entry
             .as_ref()
             .map_or_else(jiff::Timestamp::now, |entry| entry.remembered.since);
-        let mount = self.mount_of(request, since, mounted, snapshot, &point);
+        let mount = self.mount_of(request, since, mounted, (snapshot, watch), &point);
         let info = mount.current_info();
         reserved.serve(mount, point, entry, &handle);
         Ok(info)
@@ -457,14 +464,14 @@ impl Agent {
         request: &MountRequest,
         since: jiff::Timestamp,
         mounted: Mounted,
-        snapshot: Arc<Snapshot>,
+        watched: (Arc<Snapshot>, Watch),
         point: &MountPoint,
     ) -> Arc<Mount> {
         let idle_timeout = match request.idle_timeout {
             None => *self.idle_timeout.lock(),
             Some(seconds) => Some(Duration::from_secs(seconds)).filter(|time| !time.is_zero()),
         };
-        Mount::new(request, since, mounted, snapshot, point, idle_timeout)
+        Mount::new(request, since, mounted, watched, point, idle_timeout)
     }
 
     /// Goes on with the mounts of agents before this one: with those whose descriptor is `held` as if
@@ -530,12 +537,8 @@ impl Agent {
             let point = MountPoint::inherited(remembered.mount_point.clone(), remembered.created.clone())
                 .at(remembered.elsewhere.clone());
             let known = (state.handshake.clone(), state.device, state.way);
-            let fs = snapshot.file_system(
-                &agent.fetcher,
-                (state.owner, request.share),
-                request.prefetch,
-                &handle,
-            );
+            let watch = Watch::new(&agent.fetcher, state.owner);
+            let fs = snapshot.file_system(&watch, request.share, request.prefetch, &handle);
             let mounted = match fuse::resume(fs, state.options(), held.descriptor, known, &handle) {
                 Ok(mounted) => mounted,
                 Err(error) => {
@@ -545,7 +548,7 @@ impl Agent {
                 }
             };
             let since = remembered.since;
-            let mount = agent.mount_of(&request, since, mounted, snapshot, &point);
+            let mount = agent.mount_of(&request, since, mounted, (snapshot, watch), &point);
             tracing::info!(reference = %mount.info.reference, mount_point = %point.path().display(), "resumed");
             let reserved = Reserved {
                 agent,
@@ -609,22 +612,16 @@ impl Agent {
         self.count.send_replace(table.slots.len() + table.requests);
     }
 
-    pub fn mounts(&self) -> Vec<MountInfo> {
+    fn served(&self) -> Vec<Arc<Mount>> {
         let table = self.table.lock();
-        let serving = table.slots.values().filter_map(Slot::serving);
-        serving.map(|mount| mount.current_info()).collect()
+        table.slots.values().filter_map(Slot::serving).cloned().collect()
     }
 
     /// What the caller may see of them.
-    pub fn mounts_seen_by(&self, caller: &Caller) -> Vec<MountInfo> {
-        let table = self.table.lock();
-        table
-            .slots
-            .values()
-            .filter_map(Slot::serving)
-            .filter(|mount| self.access.may_see(caller, mount.info.owner))
-            .map(|mount| mount.current_info())
-            .collect()
+    fn seen_by(&self, caller: &Caller) -> Vec<Arc<Mount>> {
+        let mut mounts = self.served();
+        mounts.retain(|mount| self.access.may_see(caller, mount.info.owner));
+        mounts
     }
 
     pub fn info(&self, caller: &Caller) -> AgentInfo {
@@ -723,15 +720,7 @@ impl Agent {
     }
 
     fn choose(&self, caller: &Caller, target: &UnmountTarget) -> Result<Vec<Arc<Mount>>, AgentError> {
-        let mounts: Vec<Arc<Mount>> = self
-            .table
-            .lock()
-            .slots
-            .values()
-            .filter_map(Slot::serving)
-            .filter(|mount| self.access.may_see(caller, mount.info.owner))
-            .cloned()
-            .collect();
+        let mounts = self.seen_by(caller);
         let chosen: Vec<Arc<Mount>> = match target {
             UnmountTarget::All => return Ok(mounts),
             UnmountTarget::MountPoint(path) => {
@@ -821,14 +810,7 @@ impl Agent {
     /// Refuses new mounts and unmounts everything: what is in use is detached, and goes with its last user.
     pub async fn shut_down(&self) {
         self.table.lock().stopping = true;
-        let mounts: Vec<Arc<Mount>> = self
-            .table
-            .lock()
-            .slots
-            .values()
-            .filter_map(Slot::serving)
-            .cloned()
-            .collect();
+        let mounts = self.served();
         for mount in mounts {
             let outcome = self.unmount_one(&mount, false).await;
             let Some(error) = outcome.error else { continue };
@@ -848,7 +830,7 @@ impl Mount {
         request: &MountRequest,
         since: jiff::Timestamp,
         mounted: Mounted,
-        snapshot: Arc<Snapshot>,
+        (snapshot, watch): (Arc<Snapshot>, Watch),
         point: &MountPoint,
         idle_timeout: Option<Duration>,
     ) -> Arc<Self> {
@@ -863,11 +845,14 @@ impl Mount {
             since,
             io_mode: mounted.io_mode().mode.to_string(),
             io_mode_reason: mounted.io_mode().reason.clone(),
+            user: request.user.clone(),
             requests: BTreeMap::new(),
-            owner: mounted.options().owner.uid,
+            owner: watch.owner().uid,
             share: request.share,
             idle_timeout: idle_timeout.map(|time| time.as_secs()),
             holds: 1,
+            traffic: Traffic::default(),
+            cached_percent: None,
             already_mounted: false,
         };
         Arc::new(Self {
@@ -876,7 +861,8 @@ impl Mount {
             idle_timeout,
             holds: AtomicU32::new(1),
             mounted: Arc::new(mounted),
-            _snapshot: snapshot,
+            snapshot,
+            watch,
         })
     }
 
@@ -890,6 +876,7 @@ impl Mount {
         MountInfo {
             requests,
             holds: self.holds.load(Ordering::Relaxed),
+            traffic: self.watch.traffic(&self.mounted),
             ..self.info.clone()
         }
     }
@@ -916,6 +903,7 @@ impl Mount {
             mount_point: self.info.mount_point.clone(),
             error,
             holds: 0,
+            report: Some(self.report()),
         }
     }
 
@@ -993,7 +981,7 @@ impl Reserved {
         entry: Option<Entry>,
         runtime: &tokio::runtime::Handle,
     ) {
-        let served = Arc::clone(&mount.mounted);
+        let served = Arc::clone(&mount);
         if let Some(timeout) = mount.idle_timeout {
             runtime.spawn(idle::watch(Arc::clone(&mount), timeout));
         }
@@ -1004,10 +992,12 @@ impl Reserved {
         }
         runtime.spawn(async move {
             let shown = point.path().display();
-            match served.wait().await {
+            match served.mounted.wait().await {
                 Ended::Failed(error) => tracing::error!(mount_point = %shown, error, "the session failed"),
                 _ => tracing::info!(mount_point = %shown, "unmounted"),
             }
+            served.log_report();
+            drop(served);
             let shared = self.agent.lies_below_another(&self.key, point.created());
             // Asks the keeper, and the caller's file system: both take a moment.
             let _ = tokio::task::spawn_blocking(move || {

@@ -6,11 +6,15 @@ mod cache;
 mod catalog;
 mod config;
 mod demo;
+mod doctor;
+mod manual;
 mod mount;
 mod mount_grid;
 mod output;
 mod progress;
 mod publish;
+mod report;
+mod run;
 mod session;
 mod status;
 mod warm;
@@ -33,6 +37,9 @@ pub enum CliError {
     /// Everything has been said already: exit status 1.
     #[error("")]
     Told,
+    /// Everything has been said already, and this is the exit status.
+    #[error("")]
+    Exit(u8),
 }
 
 impl CliError {
@@ -53,9 +60,10 @@ pub fn main() -> ExitCode {
     }
     let cli = Cli::from_process();
     let command = cli.command.unwrap_or(Command::Mount(cli.mount));
-    match run(command) {
+    match perform(command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(CliError::Told) => ExitCode::from(1),
+        Err(CliError::Exit(status)) => ExitCode::from(status),
         Err(error @ CliError::Usage(_)) => {
             output::note(&format!("grid-mount: {error}"));
             ExitCode::from(2)
@@ -67,11 +75,12 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> Result<(), CliError> {
+fn perform(command: Command) -> Result<(), CliError> {
     match command {
         Command::Mount(args) if args.foreground => agent::foreground(args),
         Command::Mount(args) => block_on(mount::mount(args)),
         Command::Unmount(args) => block_on(mount::unmount(args)),
+        Command::Run(args) => block_on(run::run(args)),
         Command::Status(args) => block_on(status::status(args)),
         Command::List(args) => block_on(catalog::list(args)),
         Command::Info(args) => block_on(catalog::info(args)),
@@ -82,8 +91,14 @@ fn run(command: Command) -> Result<(), CliError> {
         Command::Warm(args) => block_on(warm::warm(args)),
         Command::Session(args) => block_on(session::session(args.command)),
         Command::Config(args) => config::show(&args),
+        Command::Doctor(args) => block_on(doctor::doctor(args)),
         Command::Demo(args) => demo::demo(&args),
         Command::Agent(args) => agent::agent(args),
+        Command::Completions(args) => {
+            manual::completions(&args);
+            Ok(())
+        }
+        Command::Man(args) => manual::man(&args),
     }
 }
 

@@ -4,11 +4,13 @@
 //! read the process's environment: both come in as plain values, so that all of it is a pure function.
 
 mod file;
+mod grid;
 mod shared_agent;
 
 use std::{
     collections::BTreeMap,
     fmt, io,
+    net::SocketAddr,
     path::{Path, PathBuf},
     str::FromStr,
     time::Duration,
@@ -17,6 +19,7 @@ use std::{
 use serde::Serialize;
 
 use self::file::FileSettings;
+pub use self::grid::{ApiKey, Grid};
 pub use self::shared_agent::SharedAgent;
 use crate::{
     bytesize::{ByteSize, ByteSizeError},
@@ -29,7 +32,7 @@ pub const HOST_FILE: &str = "/etc/grid-mount/config.toml";
 
 /// Every setting, as named in files. `GRID_MOUNT_` and the upper-case name is the environment's name,
 /// `--` and the name with hyphens the flag's.
-pub const KEYS: [&str; 12] = [
+pub const KEYS: [&str; 13] = [
     "catalog",
     "user",
     "cache_dir",
@@ -42,6 +45,7 @@ pub const KEYS: [&str; 12] = [
     "idle_timeout",
     "log_format",
     "log_level",
+    "metrics_listen",
 ];
 
 #[derive(Debug, thiserror::Error)]
@@ -72,7 +76,14 @@ pub enum ConfigError {
 pub enum Source {
     Flag(&'static str),
     Environment(&'static str),
-    File { path: PathBuf, line: usize },
+    File {
+        path: PathBuf,
+        line: usize,
+    },
+    /// A variable that is not ours.
+    Variable(&'static str),
+    /// The file with somebody's credentials that Grid's command line writes.
+    Credentials(PathBuf),
     Default,
 }
 
@@ -82,6 +93,8 @@ impl fmt::Display for Source {
             Self::Flag(key) => write!(f, "flag --{}", key.replace('_', "-")),
             Self::Environment(key) => write!(f, "environment {}", environment_name(key)),
             Self::File { path, line } => write!(f, "{}:{line}", path.display()),
+            Self::Variable(name) => write!(f, "environment {name}"),
+            Self::Credentials(path) => path.display().fmt(f),
             Self::Default => f.write_str("default"),
         }
     }
@@ -140,6 +153,35 @@ impl fmt::Display for DiskShare {
     }
 }
 
+/// Where metrics can be had besides the control socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MetricsListen {
+    Nowhere,
+    At(SocketAddr),
+}
+
+impl FromStr for MetricsListen {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.trim() {
+            "none" => Ok(Self::Nowhere),
+            address => address.parse().map(Self::At).map_err(|_| {
+                format!("{text:?} is not an address: write 127.0.0.1:9464, [::1]:9464, or none")
+            }),
+        }
+    }
+}
+
+impl fmt::Display for MetricsListen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nowhere => f.write_str("none"),
+            Self::At(address) => address.fmt(f),
+        }
+    }
+}
+
 /// The settings in force.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -162,6 +204,7 @@ pub struct Settings {
     pub idle_timeout: Sourced<IdleTimeout>,
     pub log_format: Sourced<LogFormat>,
     pub log_level: Sourced<LogLevel>,
+    pub metrics_listen: Sourced<MetricsListen>,
     /// From the host's file alone.
     pub shared_agent: SharedAgent,
 }
@@ -423,10 +466,10 @@ impl Settings {
                         message: error.to_string(),
                     })
             })?,
-            user: layers.get("user", str::parse, || {
-                let login = inputs.login.as_deref().ok_or(ConfigError::NoUser)?;
-                login.parse().map_err(|_| ConfigError::NoUser)
-            })?,
+            user: match layers.raw("user") {
+                Some(_) => layers.get("user", str::parse, || Err(ConfigError::NoUser))?,
+                None => user_by_default(inputs)?,
+            },
             cache_dir: layers.get("cache_dir", absolute, || {
                 if inputs.is_root {
                     return Ok(PathBuf::from("/var/cache/grid-mount"));
@@ -443,6 +486,7 @@ impl Settings {
             idle_timeout: layers.get("idle_timeout", str::parse, || Ok(IdleTimeout(None)))?,
             log_format: layers.get("log_format", str::parse, || Ok(LogFormat::Text))?,
             log_level: layers.get("log_level", str::parse, || Ok(LogLevel::Info))?,
+            metrics_listen: layers.get("metrics_listen", str::parse, || Ok(MetricsListen::Nowhere))?,
             shared_agent,
         })
     }
@@ -477,8 +521,30 @@ impl Settings {
             line("idle_timeout", &self.idle_timeout),
             line("log_format", &self.log_format),
             line("log_level", &self.log_level),
+            line("metrics_listen", &self.metrics_listen),
         ]
     }
+}
+
+/// Who somebody is to Grid, else to this host.
+fn user_by_default(inputs: &Inputs) -> Result<Sourced<UserName>, ConfigError> {
+    if let Some(user) = Grid::load(inputs)?.user_id {
+        return match user.value.parse() {
+            Ok(value) => Ok(Sourced {
+                value,
+                source: user.source,
+            }),
+            Err(error) => Err(ConfigError::Value {
+                source_of: user.source,
+                message: format!("{error}"),
+            }),
+        };
+    }
+    let login = inputs.login.as_deref().ok_or(ConfigError::NoUser)?;
+    Ok(Sourced {
+        value: login.parse().map_err(|_| ConfigError::NoUser)?,
+        source: Source::Default,
+    })
 }
 
 fn absolute(text: &str) -> Result<PathBuf, String> {

@@ -23,6 +23,7 @@ use bytes::{Bytes, BytesMut};
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, watch};
+use tracing::Instrument as _;
 
 use self::{
     buffers::Buffers,
@@ -30,13 +31,14 @@ use self::{
     job::Job,
     pool::{Pool, Urgency},
     recent::Recent,
-    stats::Tally,
+    stats::{Accounts, Tally},
 };
 pub use self::{error::FetchError, pool::Priority, readahead::Streams, stats::FetchStats};
 use crate::{
     block::{BLOCK_SIZE, BLOCKS_PER_EXTENT, BlockNo, block_count, blocks_covering},
     cache::{Cache, CachedObject, ObjectId, Purpose},
     digest::BlockSum,
+    histogram::Distribution,
     origin::{Pin, Store},
 };
 
@@ -98,17 +100,22 @@ pub struct Fetcher {
     config: FetchConfig,
     cache: Option<Arc<Cache>>,
     runtime: tokio::runtime::Handle,
-    objects: Mutex<HashMap<ObjectId, Weak<FetchObject>>>,
-    pools: Mutex<HashMap<String, Arc<Pool>>>,
+    objects: Arc<Mutex<HashMap<ObjectId, Weak<FetchObject>>>>,
+    pools: Arc<Mutex<HashMap<String, Arc<Pool>>>>,
     /// Bytes of requests in flight, in blocks.
     memory: Arc<Semaphore>,
+    /// How much `memory` was at first.
+    memory_blocks: usize,
     /// The part of it that readahead and warm-up may hold together.
     low_memory: Arc<Semaphore>,
-    recent: Recent,
+    recent: Arc<Recent>,
     fills: Option<Fills>,
     buffers: Arc<Buffers>,
     tally: Arc<Tally>,
-    latency: job::Latency,
+    accounts: Arc<Accounts>,
+    /// This is one of `accounts`, not the fetcher they were all split off from.
+    is_account: bool,
+    latency: Arc<job::Latency>,
 }
 
 impl Fetcher {
@@ -120,18 +127,44 @@ impl Fetcher {
         let tally = Arc::new(Tally::default());
         let fills = cache.as_ref().and_then(|_| Fills::start(&tally));
         Arc::new(Self {
-            recent: Recent::new(config.memory_limit / 2),
+            recent: Arc::new(Recent::new(config.memory_limit / 2)),
             config,
             cache,
             runtime,
-            objects: Mutex::default(),
-            pools: Mutex::default(),
+            objects: Arc::default(),
+            pools: Arc::default(),
             memory: Arc::new(Semaphore::new(blocks)),
+            memory_blocks: blocks,
             low_memory: Arc::new(Semaphore::new(blocks / 4 * 3)),
             fills,
             buffers: Arc::default(),
             tally,
-            latency: job::Latency::default(),
+            accounts: Arc::default(),
+            is_account: false,
+            latency: Arc::default(),
+        })
+    }
+
+    /// The same fetcher (objects, fetches in flight, memory, connections) with counters of its own, for one
+    /// mount. What two mounts want at once is counted where it was wanted first; [`Fetcher::stats`] of the
+    /// fetcher this was split off from tells of all together.
+    pub fn account(&self) -> Arc<Self> {
+        Arc::new(Self {
+            config: self.config.clone(),
+            cache: self.cache.clone(),
+            runtime: self.runtime.clone(),
+            objects: Arc::clone(&self.objects),
+            pools: Arc::clone(&self.pools),
+            memory: Arc::clone(&self.memory),
+            memory_blocks: self.memory_blocks,
+            low_memory: Arc::clone(&self.low_memory),
+            recent: Arc::clone(&self.recent),
+            fills: self.fills.clone(),
+            buffers: Arc::clone(&self.buffers),
+            tally: self.accounts.open(),
+            accounts: Arc::clone(&self.accounts),
+            is_account: true,
+            latency: Arc::clone(&self.latency),
         })
     }
 
@@ -363,7 +396,10 @@ impl Fetcher {
             }
         }
         for job in jobs {
-            self.runtime.spawn(job.run());
+            // Within the span of the read that asked first: the log tells which requests a read waited for.
+            let span =
+                tracing::debug_span!("fetch", key = object.source.key, blocks = ?job.blocks(), ?priority);
+            self.runtime.spawn(job.run().instrument(span));
         }
         started
     }
@@ -479,7 +515,22 @@ impl Fetcher {
     }
 
     pub fn stats(&self) -> FetchStats {
-        self.tally.read()
+        let mut stats = self.tally.read();
+        if !self.is_account {
+            stats.add(self.accounts.read());
+        }
+        stats
+    }
+
+    /// How long origins take to begin an answer, all accounts together.
+    pub fn answer_times(&self) -> Distribution {
+        self.latency.times()
+    }
+
+    /// Bytes of memory that requests to origins hold now.
+    pub fn memory_in_flight(&self) -> u64 {
+        let free = self.memory.available_permits();
+        self.memory_blocks.saturating_sub(free) as u64 * BLOCK_SIZE
     }
 
     fn count_hit(&self, object: &FetchObject, range: &Range<u64>, blocks: &Range<u64>) {
@@ -546,6 +597,14 @@ impl Ahead {
             Self::No => Priority::Waited,
             Self::Stream { .. } | Self::Neighbours => Priority::Readahead,
             Self::WarmUp => Priority::WarmUp,
+        }
+    }
+}
+
+impl Drop for Fetcher {
+    fn drop(&mut self) {
+        if self.is_account {
+            self.accounts.close(&self.tally);
         }
     }
 }

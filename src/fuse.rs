@@ -31,7 +31,7 @@ mod open_table;
 mod resume;
 mod server;
 
-pub use counters::{Counters, Operation};
+pub use counters::{Counters, Operation, SlowRead};
 pub use holders::Holder;
 pub use io_mode::{ChosenIoMode, IoMode, IoModeWish};
 pub use mountinfo::{DeviceNo, MountLine, mounts, mounts_of};

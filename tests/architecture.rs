@@ -38,12 +38,15 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     // It asks an agent as a user would, and reads what was resolved.
     ("session", &["agent", "reference"]),
+    // Asks the stores as a mount would, and the mount table; knows no agent and no settings' layers.
+    ("doctor", &["catalog", "reference", "origin", "fuse"]),
     (
         "cli",
         &[
             "agent",
             "catalog",
             "config",
+            "doctor",
             "keeper",
             "publish",
             "reference",
@@ -54,15 +57,27 @@ const ARROWS: &[(&str, &[&str])] = &[
 ];
 
 /// Newtypes without behaviour of their own.
-const LEAVES: &[&str] = &["block", "bytesize", "causes", "digest", "pin", "prefetch_policy"];
+const LEAVES: &[&str] = &[
+    "block",
+    "bytesize",
+    "causes",
+    "digest",
+    "histogram",
+    "pin",
+    "prefetch_policy",
+];
 
 /// Crate → the only rooms that may name it.
 const CRATES: &[(&str, &[&str])] = &[
     ("fuser", &["fuse", "handover"]),
     ("clap", &["cli"]),
+    ("clap_complete", &["cli"]),
+    ("clap_mangen", &["cli"]),
     ("object_store", &["origin"]),
     ("indicatif", &["cli"]),
     ("axum", &["agent"]),
+    // The date of a server's answer, which no store client tells.
+    ("reqwest", &["doctor"]),
     ("memmap2", &["tree"]),
 ];
 

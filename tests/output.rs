@@ -194,6 +194,28 @@ fn what_the_catalog_commands_print() {
         "{user}"
     );
     config.was_all_seen();
+
+    // Grid's own file says who somebody is, and its key is never shown.
+    let home = sandbox.path("home/.grid");
+    fs::create_dir(&home).unwrap();
+    let credentials = r#"{"UserID": "grid-user", "APIKey": "hush-hush"}"#;
+    fs::write(home.join("credentials.json"), credentials).unwrap();
+    let asked = |arguments: &[&str]| {
+        let output = sandbox
+            .grid(arguments)
+            .env_remove("GRID_MOUNT_USER")
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", told(&output));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    for shown in [asked(&["config"]), asked(&["config", "--json"])] {
+        assert!(
+            shown.contains("grid-user") && shown.contains(".grid/credentials.json"),
+            "{shown}"
+        );
+        assert!(shown.contains("(set)") && !shown.contains("hush"), "{shown}");
+    }
 }
 
 #[test]
@@ -230,7 +252,31 @@ fn what_the_mount_commands_print() {
     let busy = status.take(&sandbox.ok(&["status", "--json"]));
     assert_eq!(busy["mounts"][0]["mount_point"], point);
     assert!(busy["agent"]["origin_requests"].as_u64().unwrap() > 0);
+    let traffic = &busy["mounts"][0]["traffic"];
+    // What was fetched for the one mount is all that was fetched.
+    assert_eq!(traffic["origin_requests"], busy["agent"]["origin_requests"]);
+    assert_eq!(traffic["bytes_from_origin"], busy["agent"]["bytes_from_origin"]);
+    assert!(traffic["bytes_read"].as_u64().unwrap() >= 3, "{traffic}");
+    assert_eq!(busy["mounts"][0]["newer_version"], Value::Null);
+    assert_eq!(busy["mounts"][0]["owner"], nix::unistd::geteuid().as_raw());
+    assert_eq!(fs::read(Path::new(point).join("sub/b")).unwrap().len(), 200_000);
+    sandbox.ok(&["publish", &source, "data"]);
+    let newer = status.take(&sandbox.ok(&["status", "data", "--json"]));
+    assert_eq!(newer["mounts"][0]["newer_version"], 2);
     status.was_all_seen();
+    let shown = sandbox.ok(&["status"]);
+    for told in [
+        "alice:data/1 at ",
+        "you are on 1, 2 exists",
+        " by alice (uid ",
+        "% in the cache",
+        "readers waited",
+    ] {
+        assert!(shown.contains(told), "no {told:?} in:\n{shown}");
+    }
+    assert!(!shown.contains('\u{1b}'), "{shown}");
+    let refused = sandbox.fails(1, &["status", "nothing"]);
+    assert!(refused.contains("nothing is not mounted"), "{refused}");
 
     let mut unmount = Shape::of("unmount");
     // `data` is also a directory right here, which is no mount point: the reference is meant.
@@ -245,9 +291,20 @@ fn what_the_mount_commands_print() {
     );
     drop(held);
     let done = unmount.take(&sandbox.ok(&["unmount", "data", "--json"]));
-    let expected =
-        serde_json::json!([{ "reference": "alice:data/1", "mount_point": point, "error": null, "holds": 0 }]);
-    assert_eq!(done, expected);
+    let done = &done[0];
+    assert_eq!(
+        (
+            &done["reference"],
+            &done["mount_point"],
+            &done["error"],
+            &done["holds"]
+        ),
+        (&"alice:data/1".into(), &point.into(), &Value::Null, &0.into())
+    );
+    // Nothing was read twice.
+    assert_eq!(done["report"]["suggested_cache_bytes"], Value::Null);
+    assert!(done["report"]["distinct_bytes"].as_u64().unwrap() >= 200_003);
+    assert!(!done["report"]["slowest"].as_array().unwrap().is_empty());
     assert_eq!(
         unmount.take(&sandbox.ok(&["unmount", "--all", "--json"])),
         serde_json::json!([])
@@ -256,6 +313,12 @@ fn what_the_mount_commands_print() {
     sandbox.ok(&["alice:data", "mnt"]);
     let done = unmount.take(&sandbox.ok(&["unmount", "mnt", "--json"]));
     assert_eq!(done[0]["mount_point"], sandbox.path("mnt").to_str().unwrap());
+    sandbox.ok(&["alice:data", "mnt"]);
+    let told = sandbox.ok(&["unmount", "mnt", "--report"]);
+    assert!(
+        told.contains("no longer at") && told.contains("nothing was read"),
+        "{told}"
+    );
     unmount.was_all_seen();
 }
 
@@ -302,4 +365,77 @@ fn what_the_cache_commands_print() {
 
     let path: String = serde_json::from_str(&sandbox.ok(&["cache", "path", "--json"])).unwrap();
     assert_eq!(Path::new(&path), sandbox.path("cache/grid"));
+}
+
+/// A line for each second, until nobody reads any more.
+#[test]
+fn a_watched_status_goes_on_and_ends_with_its_reader() {
+    use std::io::{BufRead as _, BufReader};
+    let sandbox = Sandbox::new();
+    let mut watching = sandbox
+        .grid(&["status", "--watch", "--json"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(watching.stdout.take().unwrap()).lines();
+    for _ in 0..2 {
+        let line: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+        assert_eq!(line, serde_json::json!({ "agent": null, "mounts": [] }));
+    }
+    drop(lines);
+    assert!(watching.wait().unwrap().success());
+}
+
+#[test]
+fn what_doctor_prints() {
+    let sandbox = Sandbox::new();
+    let mut doctor = Shape::of("doctor");
+    // What is wrong with this host, or mounted on it, is not this test's concern.
+    let output = sandbox.grid(&["doctor", "--json"]).output().unwrap();
+    assert!(matches!(output.status.code(), Some(0 | 1)), "{}", told(&output));
+    let findings = doctor.take(std::str::from_utf8(&output.stdout).unwrap());
+    let findings = findings.as_array().unwrap();
+    let of = |check: &str| findings.iter().find(|finding| finding["check"] == check);
+    for check in [
+        "kernel",
+        "dev-fuse",
+        "fusermount3",
+        "open-files",
+        "cache-directory",
+        "cache-space",
+        "cache-speed",
+        "cache-holes",
+        "mounts",
+    ] {
+        assert!(of(check).is_some(), "no {check} in {findings:?}");
+    }
+    assert_eq!(of("catalog").unwrap()["verdict"], "good");
+    let is_bad = findings.iter().any(|finding| finding["verdict"] == "bad");
+    assert_eq!(output.status.code(), Some(i32::from(is_bad)));
+
+    let nowhere = ["doctor", "--json", "--catalog", "file:///no/such/catalog"];
+    let output = sandbox.grid(&nowhere).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", told(&output));
+    let findings = doctor.take(std::str::from_utf8(&output.stdout).unwrap());
+    let catalog = &findings.as_array().unwrap().iter();
+    let catalog = catalog
+        .clone()
+        .find(|finding| finding["check"] == "catalog")
+        .unwrap();
+    assert_eq!(
+        (&catalog["verdict"], &catalog["fix"]),
+        (&"bad".into(), &"no".into())
+    );
+    assert!(
+        catalog["mend"].as_str().unwrap().contains("--catalog"),
+        "{catalog}"
+    );
+    doctor.was_all_seen();
+
+    let output = sandbox.grid(&["doctor"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        text.contains("kernel: Linux ") && !text.contains('\u{1b}'),
+        "{text}"
+    );
 }

@@ -12,6 +12,8 @@
 //! | `POST /v1/warm` | [`WarmRequest`] | lines of [`Line`]`<`[`WarmProgress`]`>` until it is done |
 //! | `POST /v1/reload` | | [`ReloadOutcome`] |
 //!
+//! `GET /metrics` answers with Prometheus text: docs/metrics.md.
+//!
 //! Whoever stops reading lines stops the work. An error is a 4xx or 5xx with a [`Problem`]. Shapes only grow: fields are added, never renamed.
 
 use std::{collections::BTreeMap, path::PathBuf};
@@ -84,7 +86,7 @@ impl std::fmt::Debug for MountRequest {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MountInfo {
     /// What the reference resolved to.
     pub reference: PinnedReference,
@@ -100,6 +102,8 @@ pub struct MountInfo {
     pub io_mode: String,
     /// Why that mode.
     pub io_mode_reason: String,
+    /// Who asked, as the catalog knows them.
+    pub user: UserName,
     /// Requests that the kernel has sent, by operation; operations never asked for are left out.
     pub requests: BTreeMap<String, u64>,
     /// The uid of the user whose mount it is.
@@ -113,9 +117,66 @@ pub struct MountInfo {
     /// How often it was asked for: as often it has to be unmounted, if it goes by itself when unused.
     #[serde(default)]
     pub holds: u32,
+    pub traffic: Traffic,
+    /// How much of the version's objects the cache holds, where that was asked for; an estimate for large
+    /// versions.
+    pub cached_percent: Option<f64>,
     /// The mount was already there and is the one asked for.
     #[serde(default)]
     pub already_mounted: bool,
+}
+
+/// What a mount has done since this agent began to serve it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Traffic {
+    /// `None` in the I/O mode `no-open`, where the kernel does not tell.
+    pub open_files: Option<u64>,
+    /// Sent to the kernel; what it reads by itself (page cache, passthrough) is not among them.
+    pub bytes_read: u64,
+    pub bytes_from_cache: u64,
+    /// Fetched for this mount, ahead of its readers too.
+    pub bytes_from_origin: u64,
+    /// Reads that were answered at once, of all that reached the agent.
+    pub hit_ratio: Option<f64>,
+    pub origin_requests: u64,
+    pub retries: u64,
+    /// All readers together.
+    pub waited_seconds: f64,
+    /// Requests that ended with an error.
+    pub failures: u64,
+    pub last_error: Option<String>,
+}
+
+/// What a mount has done, at its end.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MountReport {
+    /// For how long it was there.
+    pub seconds: f64,
+    /// As in [`Traffic`].
+    pub bytes_read: u64,
+    pub bytes_from_cache: u64,
+    pub bytes_from_origin: u64,
+    /// Of those, without what was fetched ahead and then not read.
+    pub bytes_used_of_fetched: u64,
+    pub hit_ratio: Option<f64>,
+    pub origin_requests: u64,
+    pub retries: u64,
+    pub failures: u64,
+    pub waited_seconds: f64,
+    /// The reads that took longest, longest first.
+    pub slowest: Vec<SlowRequest>,
+    /// Bytes of different blocks that were read; an estimate for large amounts.
+    pub distinct_bytes: u64,
+    /// A cache of this size holds nearly all of what was read again; `None` where nothing was.
+    pub suggested_cache_bytes: Option<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SlowRequest {
+    pub path: String,
+    pub offset: u64,
+    pub length: u64,
+    pub seconds: f64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -138,7 +199,7 @@ pub enum UnmountTarget {
     },
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct UnmountOutcome {
     pub reference: PinnedReference,
     pub mount_point: PathBuf,
@@ -147,6 +208,9 @@ pub struct UnmountOutcome {
     /// For how many others it stays mounted.
     #[serde(default)]
     pub holds: u32,
+    /// What it did; `None` where no agent served it any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report: Option<MountReport>,
 }
 
 /// The settings as they were read again.

@@ -78,6 +78,7 @@ pub async fn serve(
     stop: impl Future<Output = ()>,
 ) -> io::Result<()> {
     let routes = Router::new()
+        .route("/metrics", get(super::metrics::answer))
         .route("/v1/agent", get(info))
         .route("/v1/mounts", get(mounts).post(mount))
         .route("/v1/unmount", post(unmount))
@@ -220,7 +221,7 @@ async fn info(State(agent): State<Arc<Agent>>, Extension(caller): Peer) -> Json<
 }
 
 async fn mounts(State(agent): State<Arc<Agent>>, Extension(caller): Peer) -> Json<Vec<MountInfo>> {
-    Json(agent.mounts_seen_by(&caller))
+    Json(agent.mounts_in_full(&caller).await)
 }
 
 async fn mount(

@@ -6,6 +6,7 @@ use futures::TryStreamExt;
 
 use super::{
     access::{Access, AccessError, Asked, Caller},
+    report::Watch,
     sums::SumsPart,
     trees::Trees,
 };
@@ -14,7 +15,7 @@ use crate::{
     catalog::{self, Catalog, CatalogError, OriginLocation, Record, TreePart},
     fetch::{FetchObject, Fetcher, Source},
     fs::{
-        self, GridFs, Owner, Share,
+        self, GridFs, Share,
         fetched::{Fetched, Sources},
     },
     origin::{Deadlines, OriginError, Pin, Store, StoreSettings, StoreUrl},
@@ -290,16 +291,17 @@ impl Snapshot {
         Ok(fetcher.open(&self.resolved.domain, self.sources().source(number)?))
     }
 
-    /// The snapshot as a file system of `owner`'s.
-    pub fn file_system(
+    /// The snapshot as a file system of the owner's that `watch` names.
+    pub(super) fn file_system(
         &self,
-        fetcher: &Arc<Fetcher>,
-        (owner, share): (Owner, Share),
+        watch: &Watch,
+        share: Share,
         prefetch: PrefetchPolicy,
         runtime: &tokio::runtime::Handle,
     ) -> GridFs {
+        let owner = watch.owner();
         let content = Arc::new(Fetched::new(
-            Arc::clone(fetcher),
+            Arc::clone(watch.fetcher()),
             self.sources(),
             self.resolved.domain.clone(),
             prefetch,
@@ -310,7 +312,7 @@ impl Snapshot {
             fs::Snapshot {
                 reference,
                 tree: Arc::clone(&self.tree),
-                content,
+                content: watch.over(content),
             },
             owner,
         )

@@ -1,8 +1,9 @@
 //! `grid-mount agent`, and `--foreground`: this process serves.
 
-use std::{ffi::OsString, os::fd::AsFd, path::PathBuf, sync::Arc, time::Duration};
+use std::{ffi::OsString, net::TcpListener, os::fd::AsFd, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::task::AbortOnDropHandle;
 use tracing_subscriber::{Layer, layer::SubscriberExt, util::SubscriberInitExt};
 
 use super::{
@@ -18,10 +19,10 @@ use crate::{
         access::{Access, Caller},
         keeping::{self, Keeping, KeptBy},
         launch::{self, KeeperLock, LaunchError, Readiness, SYSTEM_SOCKET, SocketLock},
-        reload, server,
+        metrics, reload, server,
         systemd::{self, Given, Manager, Wish},
     },
-    config::{LogFormat, LogLevel, Settings},
+    config::{LogFormat, LogLevel, MetricsListen, Settings},
     keeper::{self, End, Limits, Plan},
 };
 
@@ -162,6 +163,7 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
     let runtime = runtime()?;
     let result = runtime.block_on(async {
         let keeping = Keeping::beside(&socket, kept_by);
+        let metrics = metrics_listener(&settings);
         let agent =
             Agent::serving(config::agent_config(&settings)?, keeping, access).map_err(CliError::failed)?;
         agent.rereads(reread(overrides, &settings, everybody, level));
@@ -176,6 +178,7 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
         agent
             .resume(held, &config::store_settings().unwrap_or_default())
             .await;
+        let _scraped = metrics.map(|listener| scraped(&agent, listener));
         let ready = || {
             readiness.ready();
             if let Some(manager) = &manager {
@@ -208,7 +211,9 @@ pub fn foreground(args: MountArgs) -> Result<(), CliError> {
     let runtime = runtime()?;
     let result = runtime.block_on(async {
         let keeping = Keeping::beside(&socket, KeptBy::Nobody);
+        let metrics = metrics_listener(&settings);
         let agent = Agent::new(config::agent_config(&settings)?, keeping).map_err(CliError::failed)?;
+        let _scraped = metrics.map(|listener| scraped(&agent, listener));
         let listener = lock.bind().map_err(CliError::failed)?;
         agent.resume(Vec::new(), &request.store_settings).await;
         let info = agent
@@ -312,6 +317,29 @@ async fn serve(
         // A connection that its caller leaves open ends with the process.
         Err(_) => Ok(()),
     }
+}
+
+/// An address that is taken keeps nobody's mounts from being served.
+fn metrics_listener(settings: &Settings) -> Option<TcpListener> {
+    let MetricsListen::At(address) = settings.metrics_listen.value else {
+        return None;
+    };
+    match TcpListener::bind(address) {
+        Ok(listener) => Some(listener),
+        Err(error) => {
+            tracing::error!(%address, %error, "nobody can read metrics there; the control socket has them");
+            None
+        }
+    }
+}
+
+fn scraped(agent: &Arc<Agent>, listener: TcpListener) -> AbortOnDropHandle<()> {
+    let agent = Arc::clone(agent);
+    AbortOnDropHandle::new(tokio::spawn(async move {
+        if let Err(error) = metrics::serve(agent, listener).await {
+            tracing::error!(%error, "metrics are not served any more");
+        }
+    }))
 }
 
 fn own_socket(args: &SocketArgs) -> Result<PathBuf, CliError> {

@@ -38,6 +38,11 @@ impl Cli {
         })
     }
 
+    /// The same with nothing left out: for manuals and shells.
+    pub fn complete_grammar() -> clap::Command {
+        Self::command()
+    }
+
     /// Parses this process's arguments; prints help or usage errors and ends the process where that is due.
     pub fn from_process() -> Self {
         let matches = Self::grammar().get_matches();
@@ -52,6 +57,8 @@ pub enum Command {
     /// Unmount by reference or by mount point
     #[command(visible_alias = "umount")]
     Unmount(UnmountArgs),
+    /// Mount, run a command, unmount
+    Run(RunArgs),
     /// Show what is mounted, and the cache
     Status(StatusArgs),
     /// List datastores: yours, a user's, or everybody's
@@ -72,10 +79,16 @@ pub enum Command {
     Session(SessionArgs),
     /// Print the settings in force and where each came from
     Config(ConfigArgs),
+    /// Look for what is in the way of mounts, and mend what can be
+    Doctor(DoctorArgs),
     /// Publish, mount and compare a small real data set
     Demo(DemoArgs),
     /// Serve mounts (started by itself when needed)
     Agent(AgentArgs),
+    /// Print what a shell needs to complete commands
+    Completions(CompletionsArgs),
+    /// Print the manual page, or write all of them
+    Man(ManArgs),
 }
 
 /// Settings that every command which asks the catalog understands.
@@ -218,6 +231,7 @@ impl From<IoModeArg> for IoModeWish {
 Examples:
   grid-mount unmount alice:imagenet/3
   grid-mount unmount ~/datastores/imagenet
+  grid-mount unmount imagenet --report
   grid-mount unmount --all --lazy")]
 pub struct UnmountArgs {
     /// A reference (without a version: every mounted version of it) or a mount point
@@ -233,6 +247,9 @@ pub struct UnmountArgs {
     /// Detach now, even when in use; finish when the last user goes
     #[arg(long)]
     pub lazy: bool,
+    /// Say what the mount has done
+    #[arg(long)]
+    pub report: bool,
     #[command(flatten)]
     pub output: OutputArgs,
     #[command(flatten)]
@@ -244,9 +261,65 @@ pub struct UnmountArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  grid-mount status
-  grid-mount status --json | jq '.mounts[].mount_point'")]
+  grid-mount run --datastore alice:imagenet/3 -- python train.py
+  grid-mount run --datastore bob:coco=/data/coco -- ls /data/coco
+  grid-mount run --datastore_name imagenet --datastore_mount_dir /data -- ls /data
+Nobody but the command sees anything at these paths. Its exit status is passed on (128 + n if signal n ended it).")]
+pub struct RunArgs {
+    /// What to mount, and where; may be repeated. Default path: as `mount` has it
+    #[arg(long, value_name = "REF[=PATH]", required_unless_present = "datastore_name")]
+    pub datastore: Vec<String>,
+    /// As Grid has it: one data set,
+    #[arg(long = "datastore_name", value_name = "REF")]
+    pub datastore_name: Option<String>,
+    /// … its version
+    #[arg(
+        long = "datastore_version",
+        value_name = "VERSION",
+        requires = "datastore_name"
+    )]
+    pub datastore_version: Option<String>,
+    /// … and its path
+    #[arg(
+        long = "datastore_mount_dir",
+        value_name = "PATH",
+        requires = "datastore_name"
+    )]
+    pub datastore_mount_dir: Option<PathBuf>,
+    /// Mount for everything on this host to see, not for the command alone
+    #[arg(long)]
+    pub shared: bool,
+    /// Say on standard error what the mounts have done
+    #[arg(long)]
+    pub report: bool,
+    #[arg(
+        value_name = "CMD",
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true
+    )]
+    pub command: Vec<std::ffi::OsString>,
+    #[command(flatten)]
+    pub socket: SocketArgs,
+    #[command(flatten)]
+    pub catalog: CatalogArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  grid-mount status                      every mount: what it is and how it does
+  grid-mount status imagenet             one of them
+  grid-mount status --watch              live, until Ctrl-C
+  grid-mount status --json | jq '.mounts[].mount_point'
+Many mounts are shown as a table; name one for its details.")]
 pub struct StatusArgs {
+    /// A reference (without a version: any) or a mount point
+    #[arg(value_name = "REF|MOUNTPOINT")]
+    pub target: Option<String>,
+    /// Show it again every second
+    #[arg(long, short)]
+    pub watch: bool,
     #[command(flatten)]
     pub output: OutputArgs,
     #[command(flatten)]
@@ -546,6 +619,28 @@ pub struct ConfigArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
+Examples:
+  grid-mount doctor
+  grid-mount doctor --fix
+  grid-mount doctor --json | jq '.[] | select(.verdict == \"bad\")'
+Exit status 1 if something does not work. --fix takes dead mounts away, closes the cache to others and, for
+root, keeps updatedb out.")]
+pub struct DoctorArgs {
+    /// Mend what is safe to mend
+    #[arg(long)]
+    pub fix: bool,
+    #[command(flatten)]
+    pub output: OutputArgs,
+    #[command(flatten)]
+    pub socket: SocketArgs,
+    #[command(flatten)]
+    pub catalog: CatalogArgs,
+    #[command(flatten)]
+    pub agent: AgentSettingArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
 Example:
   cargo run --release -- demo
 Needs /dev/fuse; touches nothing outside a temporary directory, which it removes.")]
@@ -564,6 +659,7 @@ Examples:
   grid-mount agent                             root's: for every user of this host
   grid-mount agent --own-agent                 mine alone
   grid-mount agent --log-format json --idle-timeout 12h
+  grid-mount agent --metrics-listen 127.0.0.1:9464
 Any `grid-mount REF` starts one of its user's, which ends with its last mount.
 SIGHUP reads the settings again; SIGTERM unmounts everything and ends.")]
 pub struct AgentArgs {
@@ -582,6 +678,9 @@ pub struct AgentArgs {
     /// End with the last mount
     #[arg(long)]
     pub on_demand: bool,
+    /// Where Prometheus may read /metrics, too: 127.0.0.1:9464; anybody who reaches it can
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics_listen: Option<String>,
     /// A descriptor that is told when the agent is ready
     #[arg(long, hide = true)]
     pub ready_fd: Option<i32>,
@@ -595,6 +694,28 @@ pub struct AgentArgs {
     pub socket: SocketArgs,
     #[command(flatten)]
     pub agent: AgentSettingArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  grid-mount completions bash > ~/.local/share/bash-completion/completions/grid-mount
+  grid-mount completions zsh > /usr/local/share/zsh/site-functions/_grid-mount
+  grid-mount completions fish > ~/.config/fish/completions/grid-mount.fish")]
+pub struct CompletionsArgs {
+    #[arg(value_name = "SHELL", value_enum)]
+    pub shell: clap_complete::Shell,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  grid-mount man | man -l -
+  grid-mount man --dir /usr/local/share/man/man1")]
+pub struct ManArgs {
+    /// Write a page for each command there, and print their names
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
 }
 
 #[cfg(test)]
@@ -632,7 +753,7 @@ mod tests {
         let mut grammar = Cli::grammar().term_width(80);
         let help = grammar.render_help().to_string();
         assert!(
-            help.lines().count() <= 40,
+            help.lines().count() <= 45,
             "{} lines:\n{help}",
             help.lines().count()
         );

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     agent::{AgentConfig, CacheConfig, FetchConfig, VerifyPolicy, access::Rules},
-    config::{Inputs, Settings, Source},
+    config::{Grid, Inputs, Settings, Source},
     origin::StoreSettings,
 };
 
@@ -41,6 +41,7 @@ impl Overrides {
             ("idle_timeout", &args.idle_timeout),
             ("log_format", &args.log_format),
             ("log_level", &args.log_level),
+            ("metrics_listen", &args.metrics_listen),
         ])
     }
 
@@ -76,6 +77,10 @@ impl Overrides {
 }
 
 pub fn load(overrides: &Overrides) -> Result<Settings, CliError> {
+    Settings::load(&inputs(overrides)).map_err(CliError::usage)
+}
+
+fn inputs(overrides: &Overrides) -> Inputs {
     let uid = nix::unistd::geteuid();
     let account = nix::unistd::User::from_uid(uid).ok().flatten();
     let mut environment: BTreeMap<_, _> = unicode_environment().collect();
@@ -87,14 +92,13 @@ pub fn load(overrides: &Overrides) -> Result<Settings, CliError> {
             .entry("HOME".to_owned())
             .or_insert_with(|| home.to_owned());
     }
-    let inputs = Inputs {
+    Inputs {
         flags: overrides.flags.clone(),
         environment,
         host_file: overrides.host_file.clone(),
         login: account.map(|account| account.name),
         is_root: uid.is_root(),
-    };
-    Settings::load(&inputs).map_err(CliError::usage)
+    }
 }
 
 /// What is not Unicode is none of our variables.
@@ -213,7 +217,13 @@ fn disk_size(dir: &Path) -> io::Result<u64> {
 
 /// `grid-mount config`
 pub fn show(args: &ConfigArgs) -> Result<(), CliError> {
-    let explained = load(&Overrides::of(&args.catalog, &args.agent))?.explain();
+    let overrides = Overrides::of(&args.catalog, &args.agent);
+    let mut explained = load(&overrides)?.explain();
+    explained.extend(
+        Grid::load(&inputs(&overrides))
+            .map_err(CliError::usage)?
+            .explain(),
+    );
     if args.output.json {
         output::print_json(&explained);
         return Ok(());

@@ -14,7 +14,7 @@ use super::{
     CliError,
     args::{MountArgs, SocketArgs, UnmountArgs},
     config::{self, Overrides},
-    output,
+    output, report,
 };
 use crate::{
     agent::{
@@ -37,18 +37,27 @@ pub async fn mount(args: MountArgs) -> Result<(), CliError> {
     Ok(())
 }
 
-/// Asks the agent, and starts one where there is none. `trigger` is the open mount point of an automount.
+/// `trigger` is the open mount point of an automount.
 pub async fn make(args: &MountArgs, trigger: Option<BorrowedFd<'_>>) -> Result<MountInfo, CliError> {
     let settings = config::load(&Overrides::of_mount(args))?;
     let mut request = request(args, &settings)?;
     request.trigger = trigger.and_then(|trigger| u32::try_from(trigger.as_raw_fd()).ok());
+    through_agent(&args.socket, &settings, &request).await
+}
+
+/// Asks the agent there is, or starts one.
+pub async fn through_agent(
+    socket: &SocketArgs,
+    settings: &Settings,
+    request: &MountRequest,
+) -> Result<MountInfo, CliError> {
     let mut last = None;
     for _ in 0..AGENT_TRIES {
-        let client = match connect(&args.socket).await? {
+        let client = match connect(socket).await? {
             Some(client) => client,
-            None => start_agent(&settings)?,
+            None => start_agent(settings)?,
         };
-        match client.mount(&request).await {
+        match client.mount(request).await {
             Ok(info) => return Ok(info),
             Err(error) if error.is_absence() => last = Some(error),
             Err(error) => return Err(CliError::failed(error)),
@@ -101,7 +110,7 @@ pub fn show(args: &MountArgs, info: &MountInfo) {
 }
 
 /// `/datastores/NAME` for root, `~/datastores/NAME` otherwise.
-fn default_mount_point(datastore: &DatastoreName) -> Result<PathBuf, CliError> {
+pub fn default_mount_point(datastore: &DatastoreName) -> Result<PathBuf, CliError> {
     if nix::unistd::geteuid().is_root() {
         return Ok(Path::new("/datastores").join(datastore.as_str()));
     }
@@ -115,7 +124,7 @@ fn default_mount_point(datastore: &DatastoreName) -> Result<PathBuf, CliError> {
 
 /// The path without `.`, `..` and symbolic links, which the agent, elsewhere in the tree and with more
 /// rights, could not or would not resolve as typed.
-fn absolute(path: &Path) -> Result<PathBuf, CliError> {
+pub fn absolute(path: &Path) -> Result<PathBuf, CliError> {
     let path = std::path::absolute(path).map_err(CliError::failed)?;
     for above in path.ancestors() {
         if let (Ok(canonical), Ok(below)) = (above.canonicalize(), path.strip_prefix(above)) {
@@ -202,13 +211,13 @@ pub async fn unmount(args: UnmountArgs) -> Result<(), CliError> {
         },
     };
     match outcomes {
-        Some(outcomes) => report(&args, &outcomes),
-        None if args.all => report(&args, &[]),
+        Some(outcomes) => tell(&args, &outcomes),
+        None if args.all => tell(&args, &[]),
         None => {
             if let UnmountTarget::MountPoint(path) = &request.target
                 && let Some(outcome) = agent::unmount_orphan(path, args.lazy, None)
             {
-                return report(&args, &[outcome]);
+                return tell(&args, &[outcome]);
             }
             let what = args.target.as_deref().unwrap_or_default();
             Err(CliError::Failed(
@@ -218,7 +227,7 @@ pub async fn unmount(args: UnmountArgs) -> Result<(), CliError> {
     }
 }
 
-fn report(args: &UnmountArgs, outcomes: &[UnmountOutcome]) -> Result<(), CliError> {
+fn tell(args: &UnmountArgs, outcomes: &[UnmountOutcome]) -> Result<(), CliError> {
     if args.output.json {
         output::print_json(&outcomes);
     }
@@ -238,7 +247,10 @@ fn report(args: &UnmountArgs, outcomes: &[UnmountOutcome]) -> Result<(), CliErro
                 outcome.reference, outcome.holds
             )),
             None if !args.output.json => {
-                output::print(&format!("{} is no longer at {place}\n", outcome.reference))
+                output::print(&format!("{} is no longer at {place}\n", outcome.reference));
+                if let Some(done) = outcome.report.as_ref().filter(|_| args.report) {
+                    output::print(&report::text(done));
+                }
             }
             None => {}
         }

@@ -41,6 +41,7 @@ struct Queued {
     _room: OwnedSemaphorePermit,
 }
 
+#[derive(Clone)]
 pub(super) struct Fills {
     queue: SyncSender<Queued>,
     /// As many permits as the queue has places, so that sending never blocks.

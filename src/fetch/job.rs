@@ -15,7 +15,13 @@ use super::{
     Arrival, FetchError, FetchObject, Fetcher,
     pool::{Priority, Urgency},
 };
-use crate::{block::BlockNo, cache::Purpose, digest::BlockSum, origin::OriginError};
+use crate::{
+    block::BlockNo,
+    cache::Purpose,
+    digest::BlockSum,
+    histogram::{Distribution, Histogram},
+    origin::OriginError,
+};
 
 /// Requests of one job, the first included, that may fail without delivering anything.
 const TRIES: u32 = 6;
@@ -39,8 +45,15 @@ pub(super) struct Job {
 }
 
 impl Job {
+    /// Those it brings.
+    pub fn blocks(&self) -> std::ops::Range<u64> {
+        self.first..self.first + self.waiters.len() as u64
+    }
+
     pub async fn run(mut self) {
+        let started = Instant::now();
         let result = self.fetch().await;
+        tracing::debug!(took = ?started.elapsed(), failed = result.is_err(), "ended");
         if let Err(error) = result {
             if self.urgency.get() != Priority::Waited {
                 tracing::debug!(key = self.object.source.key, %error, "fetching ahead failed");
@@ -255,6 +268,7 @@ impl Job {
                 Err(_) => first.await,
             },
         };
+        tracing::debug!(took = ?started.elapsed(), failed = opened.is_err(), ?range, "GET");
         if opened.is_ok() {
             latency.answered(started.elapsed());
         }
@@ -281,6 +295,7 @@ enum Stop {
 #[derive(Default)]
 pub(super) struct Latency {
     state: Mutex<Answers>,
+    times: Histogram,
 }
 
 #[derive(Default)]
@@ -301,7 +316,12 @@ impl Latency {
         answers.allowance = (answers.allowance + 0.05).min(8.0);
     }
 
+    pub fn times(&self) -> Distribution {
+        self.times.read()
+    }
+
     fn answered(&self, took: Duration) {
+        self.times.observe(took);
         let mut answers = self.state.lock();
         if answers.recent.len() == REMEMBERED {
             answers.recent.pop_front();

@@ -1,6 +1,9 @@
-//! Counters of one fetcher.
+//! Counters of one fetcher, and of all that belong together.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering::Relaxed},
+};
 
 use parking_lot::Mutex;
 
@@ -32,6 +35,8 @@ pub struct FetchStats {
     pub wait_nanos: u64,
     /// What the last failed read died of, with its key.
     pub last_error: Option<String>,
+    /// When that was.
+    pub last_error_at: Option<jiff::Timestamp>,
 }
 
 #[derive(Debug, Default)]
@@ -52,18 +57,79 @@ pub(super) struct Tally {
     pub fills_failed: AtomicU64,
     pub errors: AtomicU64,
     pub wait_nanos: AtomicU64,
-    last_error: Mutex<Option<String>>,
+    last_error: Mutex<Option<(jiff::Timestamp, String)>>,
+}
+
+/// The accounts that an agent's fetching is split into: nothing that was counted is lost when one is closed.
+#[derive(Debug, Default)]
+pub(super) struct Accounts {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    open: Vec<Arc<Tally>>,
+    /// What the closed ones had counted.
+    closed: FetchStats,
+}
+
+impl Accounts {
+    pub fn open(&self) -> Arc<Tally> {
+        let tally = Arc::new(Tally::default());
+        self.state.lock().open.push(Arc::clone(&tally));
+        tally
+    }
+
+    /// Must be called when nobody counts in it any more.
+    pub fn close(&self, tally: &Arc<Tally>) {
+        let mut state = self.state.lock();
+        state.open.retain(|open| !Arc::ptr_eq(open, tally));
+        state.closed.add(tally.read());
+    }
+
+    /// Everything that was ever counted in them.
+    pub fn read(&self) -> FetchStats {
+        let state = self.state.lock();
+        let mut sum = state.closed.clone();
+        state.open.iter().for_each(|tally| sum.add(tally.read()));
+        sum
+    }
+}
+
+impl FetchStats {
+    pub(super) fn add(&mut self, other: Self) {
+        self.hits += other.hits;
+        self.misses += other.misses;
+        self.cache_bytes += other.cache_bytes;
+        self.origin_bytes += other.origin_bytes;
+        self.gets += other.gets;
+        self.retries += other.retries;
+        self.hedges += other.hedges;
+        self.slow_downs += other.slow_downs;
+        self.readahead_blocks += other.readahead_blocks;
+        self.readahead_used += other.readahead_used;
+        self.corrupt_blocks += other.corrupt_blocks;
+        self.fills_dropped += other.fills_dropped;
+        self.fills_failed += other.fills_failed;
+        self.errors += other.errors;
+        self.wait_nanos += other.wait_nanos;
+        if other.last_error_at > self.last_error_at {
+            self.last_error_at = other.last_error_at;
+            self.last_error = other.last_error;
+        }
+    }
 }
 
 impl Tally {
     pub fn failed(&self, key: &str, error: &FetchError) {
         self.errors.fetch_add(1, Relaxed);
         tracing::warn!(key, %error, "a read failed");
-        *self.last_error.lock() = Some(format!("{key}: {error}"));
+        *self.last_error.lock() = Some((jiff::Timestamp::now(), format!("{key}: {error}")));
     }
 
     pub fn read(&self) -> FetchStats {
         let get = |counter: &AtomicU64| counter.load(Relaxed);
+        let (last_error_at, last_error) = self.last_error.lock().clone().unzip();
         FetchStats {
             hits: get(&self.hits),
             misses: get(&self.misses),
@@ -81,7 +147,30 @@ impl Tally {
             fills_failed: get(&self.fills_failed),
             errors: get(&self.errors),
             wait_nanos: get(&self.wait_nanos),
-            last_error: self.last_error.lock().clone(),
+            last_error,
+            last_error_at,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_that_was_counted_is_lost_when_an_account_is_closed() {
+        let accounts = Accounts::default();
+        let (one, two) = (accounts.open(), accounts.open());
+        one.gets.fetch_add(3, Relaxed);
+        two.gets.fetch_add(4, Relaxed);
+        one.failed("early", &FetchError::Stopped);
+        two.failed("late", &FetchError::Stopped);
+        let before = accounts.read();
+        assert_eq!((before.gets, before.errors), (7, 2));
+        accounts.close(&two);
+        let after = accounts.read();
+        assert_eq!(after, before);
+        assert!(after.last_error.is_some_and(|error| error.starts_with("late")));
+        assert_eq!(one.read().gets, 3);
     }
 }

@@ -13,7 +13,7 @@ use std::{
     os::unix::ffi::OsStrExt,
     path::Path,
     sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use fuser::{
@@ -25,10 +25,11 @@ use fuser::{
 };
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
+use tracing::Instrument as _;
 
 use super::{
     Handshake,
-    counters::{Counters, Operation},
+    counters::{Counters, Operation, SlowRead},
     errno::{errno, is_failure},
     io_mode::{self, Abilities, IoMode},
     listing,
@@ -364,7 +365,7 @@ impl Filesystem for Server {
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.counters.count(Operation::Lookup);
+        let _timed = self.counters.time(Operation::Lookup);
         match self.fs.lookup(ino(parent), name.as_bytes()) {
             Ok(Some(found)) => reply.entry(&FOREVER, &file_attr(&found), GENERATION),
             Ok(None) => reply.entry(&FOREVER, &absent(), GENERATION),
@@ -373,7 +374,7 @@ impl Filesystem for Server {
     }
 
     fn getattr(&self, _: &Request, number: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        self.counters.count(Operation::GetAttr);
+        let _timed = self.counters.time(Operation::GetAttr);
         match self.fs.attributes(ino(number)) {
             Ok(attributes) => reply.attr(&FOREVER, &file_attr(&attributes)),
             Err(error) => reply.error(self.refusal(Operation::GetAttr, &error)),
@@ -381,7 +382,7 @@ impl Filesystem for Server {
     }
 
     fn readlink(&self, _: &Request, number: INodeNo, reply: ReplyData) {
-        self.counters.count(Operation::ReadLink);
+        let _timed = self.counters.time(Operation::ReadLink);
         match self.fs.readlink(ino(number)) {
             Ok(target) => reply.data(target),
             Err(error) => reply.error(self.refusal(Operation::ReadLink, &error)),
@@ -393,7 +394,7 @@ impl Filesystem for Server {
             // From now on the kernel opens and releases by itself.
             return reply.error(self.declined());
         }
-        self.counters.count(Operation::Open);
+        let _timed = self.counters.time(Operation::Open);
         if flags.0 & libc::O_ACCMODE != libc::O_RDONLY {
             return reply.error(self.read_only());
         }
@@ -414,12 +415,14 @@ impl Filesystem for Server {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let started = Instant::now();
         let (ino, length) = (ino(number), u64::from(size.min(MAX_REQUEST)));
         let reply = ANSWER.with_borrow_mut(|answer| match self.fs.read_cached(ino, offset, length, answer) {
             Ok(true) => {
                 self.counters.count(Operation::ReadHit);
                 self.counters.count_bytes(answer.len());
                 reply.data(answer);
+                self.counters.took(Operation::ReadHit, started.elapsed());
                 None
             }
             Ok(false) => Some(reply),
@@ -431,7 +434,8 @@ impl Filesystem for Server {
         let Some(reply) = reply else { return };
         self.counters.count(Operation::ReadMiss);
         let (fs, counters) = (self.fs.clone(), self.counters.clone());
-        self.runtime.spawn(async move {
+        let span = tracing::debug_span!("read", reference = fs.reference(), ino = ino.0, offset, length);
+        let answering = async move {
             match fs.read(ino, offset, length).await {
                 Ok(bytes) => {
                     counters.count_bytes(bytes.len());
@@ -439,7 +443,15 @@ impl Filesystem for Server {
                 }
                 Err(error) => reply.error(Self::refuse(&fs, &counters, Operation::ReadMiss, &error)),
             }
-        });
+            let took = started.elapsed();
+            counters.waited(SlowRead {
+                took,
+                ino,
+                offset,
+                length,
+            });
+        };
+        self.runtime.spawn(answering.instrument(span));
     }
 
     fn release(
@@ -452,7 +464,7 @@ impl Filesystem for Server {
         _: bool,
         reply: ReplyEmpty,
     ) {
-        self.counters.count(Operation::Release);
+        let _timed = self.counters.time(Operation::Release);
         let mut superfluous = None;
         if self.mode == IoMode::Passthrough {
             let ino = ino(number);
@@ -483,7 +495,7 @@ impl Filesystem for Server {
     }
 
     fn readdir(&self, _: &Request, number: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        self.counters.count(Operation::ReadDir);
+        let _timed = self.counters.time(Operation::ReadDir);
         let listed = self.fs.list(ino(number), offset, |entry| {
             let attributes = &entry.attributes;
             let name = OsStr::from_bytes(entry.name);
@@ -511,7 +523,7 @@ impl Filesystem for Server {
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        self.counters.count(Operation::ReadDirPlus);
+        let _timed = self.counters.time(Operation::ReadDirPlus);
         let listed = self.fs.list(ino(number), offset, |entry| {
             let attributes = file_attr(&entry.attributes);
             let name = OsStr::from_bytes(entry.name);
@@ -534,7 +546,7 @@ impl Filesystem for Server {
     }
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
-        self.counters.count(Operation::StatFs);
+        let _timed = self.counters.time(Operation::StatFs);
         let statistics = self.fs.statistics();
         reply.statfs(
             statistics.blocks,
@@ -549,7 +561,7 @@ impl Filesystem for Server {
     }
 
     fn getxattr(&self, _: &Request, number: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        self.counters.count(Operation::GetXattr);
+        let _timed = self.counters.time(Operation::GetXattr);
         match self.fs.xattr(ino(number), name.as_bytes()) {
             Ok(value) => reply_xattr(reply, &value, size),
             Err(error) => reply.error(self.refusal(Operation::GetXattr, &error)),
@@ -557,7 +569,7 @@ impl Filesystem for Server {
     }
 
     fn listxattr(&self, _: &Request, number: INodeNo, size: u32, reply: ReplyXattr) {
-        self.counters.count(Operation::ListXattr);
+        let _timed = self.counters.time(Operation::ListXattr);
         match self.fs.xattr_names(ino(number)) {
             Ok(names) => reply_xattr(reply, &names, size),
             Err(error) => reply.error(self.refusal(Operation::ListXattr, &error)),
