@@ -281,7 +281,7 @@ impl Agent {
             gid: nix::unistd::getegid().as_raw(),
         };
         let reference = snapshot.resolved.reference();
-        let mut entry = self.keeping.begin(request, &point, &snapshot.resolved.record);
+        let mut entry = self.keeping.begin(request, &point, &snapshot.resolved);
         let mut options = MountOptions::new(point.path(), reference.to_string(), owner);
         options.io_mode = request.io_mode;
         options.open_table = entry.as_ref().and_then(Entry::open_table);
@@ -296,7 +296,7 @@ impl Agent {
             source,
         })?;
         if let Some(entry) = &mut entry {
-            entry.made(&mounted, &request.store_settings);
+            entry.made(&mounted, &snapshot.resolved.settings);
         }
         tracing::info!(%reference, mount_point = %point.path().display(), "mounted");
         let since = entry
@@ -354,8 +354,10 @@ impl Agent {
         let resolved = Resolved::again(
             remembered.record.clone(),
             &request.catalog,
+            remembered.tree_store.as_ref(),
             &request.store_settings,
-        )?;
+        )
+        .await?;
         let snapshot = tokio::time::timeout(RESUME_DEADLINE, resolved.fetch_tree(&self.cache)).await??;
         let snapshot = Arc::new(snapshot);
         let agent = Arc::clone(self);

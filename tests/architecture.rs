@@ -59,7 +59,10 @@ const CRATES: &[(&str, &[&str])] = &[
     ("clap", &["cli"]),
     ("object_store", &["origin"]),
     ("indicatif", &["cli"]),
-    ("axum", &["agent"]),
+    // The control socket, and the control plane.
+    ("axum", &["agent", "catalog"]),
+    // The protocol's client; `origin` has its own HTTP client underneath `object_store`.
+    ("reqwest", &["catalog"]),
     ("memmap2", &["tree"]),
 ];
 

@@ -14,13 +14,13 @@ use std::{
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::{control::MountRequest, mount_point::MountPoint};
+use super::{control::MountRequest, mount_point::MountPoint, snapshot::Resolved};
 use crate::{
     catalog::Record,
     fuse::{self, Mounted, SUBTYPE},
     handover::MountState,
     keeper::Link,
-    origin::StoreSettings,
+    origin::{StoreSettings, StoreUrl},
 };
 
 /// Raised when a field changes its meaning; new fields alone do not raise it.
@@ -37,6 +37,9 @@ pub struct Remembered {
     pub created: Vec<PathBuf>,
     pub since: jiff::Timestamp,
     pub record: Record,
+    /// Where its tree lies: a control plane that is down need not be asked.
+    #[serde(default)]
+    pub tree_store: Option<StoreUrl>,
     /// Absent while the mount is being made.
     #[serde(default)]
     pub state: Option<MountState>,
@@ -70,7 +73,7 @@ impl Keeping {
         self: &Arc<Self>,
         request: &MountRequest,
         point: &MountPoint,
-        record: &Record,
+        resolved: &Resolved,
     ) -> Option<Entry> {
         let dir = self.dir.as_ref()?;
         let mut request = request.clone();
@@ -83,7 +86,8 @@ impl Keeping {
                 mount_point: point.path().to_owned(),
                 created: point.created().to_vec(),
                 since: jiff::Timestamp::now(),
-                record: record.clone(),
+                record: resolved.record.clone(),
+                tree_store: Some(resolved.tree_store().url().clone()),
                 state: None,
             },
             keeping: Arc::clone(self),

@@ -7,13 +7,13 @@ use futures::TryStreamExt;
 use super::sums::SumsPart;
 use crate::{
     cache::{Cache, CacheError, TreeHandle},
-    catalog::{self, Catalog, CatalogError, OriginLocation, Record, TreePart},
+    catalog::{self, Catalog, CatalogError, Record, TreePart},
     fetch::{FetchObject, Fetcher, Source},
     fs::{
         self, GridFs, Owner,
         fetched::{Fetched, Sources},
     },
-    origin::{Deadlines, OriginError, Pin, Store, StoreSettings, StoreUrl},
+    origin::{Borrowed, OriginError, Pin, Store, StoreSettings, StoreUrl},
     prefetch_policy::PrefetchPolicy,
     reference::{PinnedReference, Reference, UserName},
     tree::{self, ObjectNo, RowNo, Tree, TreeError},
@@ -29,8 +29,6 @@ const CHUNKS_IN_FLIGHT: usize = 16;
 pub enum SnapshotError {
     #[error(transparent)]
     Catalog(#[from] CatalogError),
-    #[error("its origin cannot be opened")]
-    Origin(#[source] OriginError),
     #[error("its tree {key} cannot be fetched from {store}")]
     Fetch {
         key: String,
@@ -60,10 +58,15 @@ pub enum SnapshotError {
 /// A reference resolved: what it stands for, and where that lies.
 pub struct Resolved {
     pub record: Record,
-    catalog: Arc<dyn Catalog>,
+    pub catalog: Arc<dyn Catalog>,
     pub catalog_url: StoreUrl,
+    trees: Store,
     /// Where the objects lie; no retries of its own.
     pub origin: Store,
+    /// The keys that are lent for it.
+    pub loans: Vec<Arc<Borrowed>>,
+    /// What the next agent needs to open the origin.
+    pub settings: StoreSettings,
 }
 
 /// A snapshot whose tree is here.
@@ -81,37 +84,37 @@ impl Resolved {
         user: &UserName,
         settings: &StoreSettings,
     ) -> Result<Self, SnapshotError> {
-        let catalog = catalog::open(catalog_url, settings, &Deadlines::control())?;
+        let catalog = catalog::connect(catalog_url, settings).await?;
         let record = catalog.resolve(reference, user).await?;
-        Self::with(record, catalog, catalog_url, settings)
+        Self::with(record, catalog, catalog_url, settings).await
     }
 
-    /// As it was resolved before: asks nobody.
-    pub fn again(
+    /// As it was resolved before, its tree in `store`: asks nobody who may be down.
+    pub async fn again(
         record: Record,
         catalog_url: &StoreUrl,
+        store: Option<&StoreUrl>,
         settings: &StoreSettings,
     ) -> Result<Self, SnapshotError> {
-        let catalog = catalog::open(catalog_url, settings, &Deadlines::control())?;
-        Self::with(record, catalog, catalog_url, settings)
+        let catalog = catalog::reconnect(catalog_url, settings, store).await?;
+        Self::with(record, catalog, catalog_url, settings).await
     }
 
-    fn with(
+    async fn with(
         record: Record,
         catalog: Arc<dyn Catalog>,
         catalog_url: &StoreUrl,
         settings: &StoreSettings,
     ) -> Result<Self, SnapshotError> {
-        let url = match &record.origin {
-            OriginLocation::Catalog => catalog.store().url().clone(),
-            OriginLocation::Url(url) => url.clone(),
-        };
-        let origin = Store::open(&url, settings, &Deadlines::data()).map_err(SnapshotError::Origin)?;
+        let reading = catalog.reading(&record, settings).await?;
         Ok(Self {
             record,
             catalog,
             catalog_url: catalog_url.clone(),
-            origin,
+            trees: reading.trees,
+            origin: reading.objects,
+            loans: reading.loans,
+            settings: reading.settings,
         })
     }
 
@@ -121,7 +124,7 @@ impl Resolved {
 
     /// Where trees lie, and sums.
     pub fn tree_store(&self) -> &Store {
-        self.catalog.store()
+        &self.trees
     }
 
     /// Maps the tree; fetches it first if the cache has not got it.

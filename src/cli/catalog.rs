@@ -13,25 +13,29 @@ use super::{
 use crate::{
     catalog::{self, Alias, Catalog, OriginLocation, Record},
     config::{Settings, Source},
-    origin::{Deadlines, StoreKind, StoreUrl},
+    origin::{StoreKind, StoreUrl},
     reference::{Reference, UserName, VersionNumber},
 };
 
 /// The catalog in force. The embedded one is there from the start: nobody has to make it.
-pub fn open(settings: &Settings) -> Result<Arc<dyn Catalog>, CliError> {
+pub async fn open(settings: &Settings) -> Result<Arc<dyn Catalog>, CliError> {
     if settings.catalog.source == Source::Default {
         make_directory(&settings.catalog.value)?;
     }
-    connect(settings)
+    let store_settings = config::store_settings()?;
+    let connected = catalog::connect(&settings.catalog.value, &store_settings).await;
+    connected.map_err(CliError::failed)
 }
 
 /// As [`open`], for publishing: a directory that is named as catalog for the first time is made.
-pub fn open_to_publish(settings: &Settings) -> Result<Arc<dyn Catalog>, CliError> {
+pub async fn open_to_publish(settings: &Settings) -> Result<Arc<dyn Catalog>, CliError> {
     make_directory(&settings.catalog.value)?;
-    connect(settings)
+    let store_settings = config::store_settings()?;
+    let connected = catalog::connect_to_publish(&settings.catalog.value, &store_settings).await;
+    connected.map_err(CliError::failed)
 }
 
-fn make_directory(catalog: &StoreUrl) -> Result<(), CliError> {
+pub fn make_directory(catalog: &StoreUrl) -> Result<(), CliError> {
     let StoreKind::File(dir) = catalog.kind() else {
         return Ok(());
     };
@@ -39,24 +43,22 @@ fn make_directory(catalog: &StoreUrl) -> Result<(), CliError> {
         .map_err(|error| CliError::Failed(format!("the catalog {catalog} cannot be made: {error}").into()))
 }
 
-fn connect(settings: &Settings) -> Result<Arc<dyn Catalog>, CliError> {
-    let store_settings = config::store_settings()?;
-    catalog::open(&settings.catalog.value, &store_settings, &Deadlines::control()).map_err(
-        |error| match error {
-            error @ catalog::CatalogError::UnsupportedScheme { .. } => CliError::usage(error),
-            error => CliError::failed(error),
-        },
-    )
+/// Who I am: as the catalog says, where it knows.
+pub fn me(catalog: &dyn Catalog, settings: &Settings) -> UserName {
+    catalog.me().unwrap_or(&settings.user.value).clone()
 }
 
 pub async fn list(args: ListArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of(&args.catalog, &Default::default()))?;
-    let owner = match (&args.owner, args.global) {
+    let named = args.owner.as_deref().map(str::parse::<UserName>);
+    let named = named.transpose().map_err(CliError::usage)?;
+    let catalog = open(&settings).await?;
+    let owner = match (named, args.global) {
         (_, true) => None,
-        (Some(owner), false) => Some(owner.parse::<UserName>().map_err(CliError::usage)?),
-        (None, false) => Some(settings.user.value.clone()),
+        (Some(owner), false) => Some(owner),
+        (None, false) => Some(me(&*catalog, &settings)),
     };
-    let found = open(&settings)?.list(owner.as_ref()).await;
+    let found = catalog.list(owner.as_ref()).await;
     let datastores = match found {
         // Having published nothing is no error of mine; a teammate's name that nobody has is.
         Err(catalog::CatalogError::NoSuchUser { .. }) if args.owner.is_none() => Vec::new(),
@@ -93,7 +95,7 @@ struct Info {
 pub async fn info(args: InfoArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of(&args.catalog, &Default::default()))?;
     let reference: Reference = args.reference.parse().map_err(CliError::usage)?;
-    let catalog = open(&settings)?;
+    let catalog = open(&settings).await?;
     let record = catalog
         .resolve(&reference, &settings.user.value)
         .await
@@ -163,9 +165,9 @@ pub async fn alias(args: AliasArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of(&args.catalog, &Default::default()))?;
     let reference: Reference = args.reference.parse().map_err(CliError::usage)?;
     let alias = args.alias.parse().map_err(CliError::usage)?;
-    let catalog = open(&settings)?;
+    let catalog = open(&settings).await?;
     if args.remove {
-        let name = reference.qualify(&settings.user.value);
+        let name = reference.qualify(&me(&*catalog, &settings));
         catalog
             .remove_alias(&name, &alias)
             .await

@@ -13,13 +13,22 @@ use serde::{Deserialize, Serialize};
 use super::OriginError;
 
 /// `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_NAME`, …: only names of
-/// these three families are kept. They travel from the caller to the agent, so they serialize; `Debug`
+/// these three families are kept, and who the caller is for a control plane (`GRID_MOUNT_TOKEN`, …). They travel from the caller to the agent, so they serialize; `Debug`
 /// never shows a value.
 #[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct StoreSettings(BTreeMap<String, String>);
 
 const FAMILIES: [&str; 3] = ["AWS_", "GOOGLE_", "AZURE_"];
+/// Who the caller is for a control plane, and which certificates are believed.
+const NAMES: [&str; 6] = [
+    "GRID_MOUNT_TOKEN",
+    "GRID_MOUNT_TOKEN_FILE",
+    "GRID_USER_ID",
+    "GRID_API_KEY",
+    "SSL_CERT_FILE",
+    "REQUESTS_CA_BUNDLE",
+];
 
 impl StoreSettings {
     /// The settings of this process' environment, with the AWS profile it names (or `default`) filled in
@@ -37,9 +46,24 @@ impl StoreSettings {
 
     pub fn set(&mut self, name: &str, value: &str) {
         let name = name.to_ascii_uppercase();
-        if !value.is_empty() && FAMILIES.iter().any(|family| name.starts_with(family)) {
+        let known = FAMILIES.iter().any(|family| name.starts_with(family)) || NAMES.contains(&name.as_str());
+        if !value.is_empty() && known {
             self.0.insert(name, value.to_owned());
         }
+    }
+
+    /// Takes over everything that is set in `others`.
+    pub fn extend(&mut self, others: &Self) {
+        for (name, value) in &others.0 {
+            self.0.insert(name.clone(), value.clone());
+        }
+    }
+
+    /// Without what belongs to `family` (`AWS_`).
+    #[must_use]
+    pub fn without(&self, family: &str) -> Self {
+        let kept = self.0.iter().filter(|(name, _)| !name.starts_with(family));
+        Self(kept.map(|(name, value)| (name.clone(), value.clone())).collect())
     }
 
     pub fn is_empty(&self) -> bool {

@@ -18,6 +18,9 @@ const NUMBERS: usize = 100;
 /// Tries to find out what became of one number.
 const SETTLES: usize = 6;
 
+/// A repeated request is recognised among this many versions back.
+const REMEMBERED: usize = 8;
+
 enum Claim {
     Mine,
     Taken,
@@ -25,6 +28,16 @@ enum Claim {
 
 impl<R: RecordStore> StoreCatalog<R> {
     pub(super) async fn publish_draft(&self, draft: Draft) -> Result<Record, CatalogError> {
+        self.publish_as(draft, nonce(), false).await
+    }
+
+    /// As [`publish`](crate::catalog::Catalog::publish), but however often it is repeated with the same
+    /// `nonce`, through however many processes, there is one version.
+    pub async fn publish_once(&self, draft: Draft, nonce: String) -> Result<Record, CatalogError> {
+        self.publish_as(draft, nonce, true).await
+    }
+
+    async fn publish_as(&self, draft: Draft, nonce: String, repeated: bool) -> Result<Record, CatalogError> {
         if draft.message.len() > MESSAGE_LIMIT {
             return Err(CatalogError::MessageTooLong {
                 bytes: draft.message.len(),
@@ -42,11 +55,16 @@ impl<R: RecordStore> StoreCatalog<R> {
             created: Timestamp::now(),
             message: draft.message,
             totals: draft.totals,
-            nonce: nonce(),
+            nonce,
         };
         let mut lost: Option<VersionNumber> = None;
         for round in 0..NUMBERS {
-            record.version = self.next_version(&draft.name, lost).await?;
+            let listed = self.numbers(&draft.name).await?;
+            if repeated && let Some(earlier) = self.with_nonce(&record, &listed).await? {
+                return Ok(earlier);
+            }
+            // What is not listed and has the next number is compared when the number is claimed.
+            record.version = next_version(&draft.name, listed.last().copied().max(lost))?;
             match self.claim(&record).await? {
                 Claim::Mine => return Ok(record),
                 Claim::Taken => lost = Some(record.version),
@@ -59,19 +77,27 @@ impl<R: RecordStore> StoreCatalog<R> {
         })
     }
 
-    /// The number after the highest: of those listed, and of those known to be taken.
-    async fn next_version(
+    /// The record that an earlier try left, among the last few.
+    async fn with_nonce(
         &self,
-        name: &QualifiedName,
-        lost: Option<VersionNumber>,
-    ) -> Result<VersionNumber, CatalogError> {
-        let listed = self.numbers(name).await?.last().copied();
-        match listed.max(lost) {
-            None => Ok(VersionNumber::FIRST),
-            Some(highest) => highest
-                .next()
-                .ok_or_else(|| CatalogError::VersionsExhausted { name: name.clone() }),
+        record: &Record,
+        listed: &[VersionNumber],
+    ) -> Result<Option<Record>, CatalogError> {
+        for version in listed.iter().rev().take(REMEMBERED) {
+            let found = self.find(&record.name().at(*version)).await?;
+            let Some(found) = found.filter(|found| found.nonce == record.nonce) else {
+                continue;
+            };
+            let same = found.tree == record.tree
+                && found.origin == record.origin
+                && found.message == record.message
+                && found.totals == record.totals;
+            if !same {
+                return Err(CatalogError::KeyReused { name: record.name() });
+            }
+            return Ok(Some(found));
         }
+        Ok(None)
     }
 
     /// Creates the record under its number. Does not return before it is known whose the number is: an
@@ -155,6 +181,16 @@ impl<R: RecordStore> StoreCatalog<R> {
                 store: self.records.location(),
             }),
         }
+    }
+}
+
+/// The number after the highest: of those listed, and of those known to be taken.
+fn next_version(name: &QualifiedName, highest: Option<VersionNumber>) -> Result<VersionNumber, CatalogError> {
+    match highest {
+        None => Ok(VersionNumber::FIRST),
+        Some(highest) => highest
+            .next()
+            .ok_or_else(|| CatalogError::VersionsExhausted { name: name.clone() }),
     }
 }
 
