@@ -298,7 +298,7 @@ impl<R: RecordStore> Catalog for StoreCatalog<R> {
         .await?;
         let summaries: Vec<Option<DatastoreSummary>> =
             stream::iter(names.into_iter().flatten().map(async |name| {
-                let latest = self.numbers(&name).await?.last().copied();
+                let latest = self.available(&name).await?.last().copied();
                 // Without a version it is not there yet.
                 Ok::<_, CatalogError>(latest.map(|latest| DatastoreSummary { name, latest }))
             }))
@@ -320,8 +320,7 @@ impl<R: RecordStore> Catalog for StoreCatalog<R> {
     }
 
     async fn versions(&self, name: &QualifiedName) -> Result<Vec<VersionNumber>, CatalogError> {
-        let (mut versions, retired) = futures::try_join!(self.numbers(name), self.retired(name))?;
-        versions.retain(|version| !retired.contains(version));
+        let versions = self.available(name).await?;
         if versions.is_empty() {
             Err(self.why_empty(name).await?)
         } else {

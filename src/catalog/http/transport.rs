@@ -123,6 +123,13 @@ impl Transport {
         })
     }
 
+    /// Waits less long for a control plane that does not answer.
+    #[cfg(test)]
+    pub fn impatient(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
     pub fn url(&self) -> &str {
         &self.url
     }
@@ -259,5 +266,100 @@ impl Transport {
             });
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    /// Gives these answers, one a connection, then none.
+    async fn server(answers: Vec<String>) -> (StoreUrl, tokio::task::JoinHandle<Vec<String>>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let serving = tokio::spawn(async move {
+            let mut asked = Vec::new();
+            for answer in answers {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut request = vec![0; 8192];
+                let read = stream.read(&mut request).await.unwrap();
+                asked.push(String::from_utf8_lossy(&request[..read]).into_owned());
+                stream.write_all(answer.as_bytes()).await.unwrap();
+            }
+            asked
+        });
+        (url.parse().unwrap(), serving)
+    }
+
+    fn answer(status: &str, body: &str) -> String {
+        format!(
+            "HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        )
+    }
+
+    fn transport(url: &StoreUrl) -> Transport {
+        let settings = [("GRID_MOUNT_TOKEN", "gmt_hunter2")].into_iter().collect();
+        Transport::new(url, &settings)
+            .unwrap()
+            .impatient(Duration::from_secs(3))
+    }
+
+    #[tokio::test]
+    async fn what_may_pass_is_asked_again_with_the_same_key_and_not_sooner_than_told() {
+        let answers = vec![
+            answer("503 Service Unavailable", ""),
+            answer("429 Too Many Requests\r\nretry-after: 1", ""),
+            answer("200 OK", "7"),
+        ];
+        let (url, serving) = server(answers).await;
+        let began = Instant::now();
+        let ask = Ask::new(Method::POST, "/x").once("the-key".to_owned());
+        let seven: u32 = transport(&url).ask(ask).await.unwrap().unwrap();
+        assert_eq!(seven, 7);
+        assert!(began.elapsed() >= Duration::from_secs(1));
+        let asked = serving.await.unwrap();
+        assert_eq!(asked.len(), 3);
+        for request in asked {
+            assert!(request.contains("idempotency-key: the-key"), "{request}");
+            assert!(request.contains("authorization: Bearer gmt_hunter2"), "{request}");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_might_happen_twice_is_not_asked_again() {
+        let (url, serving) = server(vec![answer("503 Service Unavailable", "")]).await;
+        let asked = transport(&url).send(&Ask::new(Method::POST, "/x")).await;
+        assert!(matches!(asked, Err(CatalogError::Unreachable { .. })));
+        assert_eq!(serving.await.unwrap().len(), 1);
+    }
+
+    #[tokio::test]
+    async fn a_control_plane_that_stays_away_is_an_error_that_shows_no_token() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url: StoreUrl = format!("http://{}", listener.local_addr().unwrap())
+            .parse()
+            .unwrap();
+        drop(listener);
+        let transport = transport(&url).impatient(Duration::from_millis(500));
+        let error = transport.send(&Ask::get("/v1/me")).await.err().unwrap();
+        let shown = format!("{} {error:?}", in_one_line(&error));
+        assert!(shown.contains("did not answer"), "{shown}");
+        assert!(!shown.contains("hunter2"), "{shown}");
+    }
+
+    #[tokio::test]
+    async fn what_is_no_control_plane_is_said_to_be_none() {
+        let (url, _serving) = server(vec![answer("404 Not Found", "<html>nginx</html>")]).await;
+        let error = transport(&url).send(&Ask::get("/v1/me")).await.err().unwrap();
+        assert!(
+            error.to_string().contains("is it a grid-mount catalog?"),
+            "{error}"
+        );
     }
 }

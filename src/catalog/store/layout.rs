@@ -42,6 +42,10 @@ pub(super) fn datastore_and_version(prefix: &str, key: &str) -> Option<(Datastor
     Some((datastore.parse().ok()?, version(file)?))
 }
 
+pub(super) fn retired_of_user(owner: &UserName) -> String {
+    format!("retired/{owner}/")
+}
+
 pub(super) fn retired_of(name: &QualifiedName) -> String {
     format!("retired/{}/{}/", name.owner, name.datastore)
 }

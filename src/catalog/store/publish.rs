@@ -22,7 +22,8 @@ const SETTLES: usize = 6;
 const REMEMBERED: usize = 8;
 
 enum Claim {
-    Mine,
+    /// What is stored: an earlier try may have left it.
+    Mine(Box<Record>),
     Taken,
 }
 
@@ -66,7 +67,7 @@ impl<R: RecordStore> StoreCatalog<R> {
             // What is not listed and has the next number is compared when the number is claimed.
             record.version = next_version(&draft.name, listed.last().copied().max(lost))?;
             match self.claim(&record).await? {
-                Claim::Mine => return Ok(record),
+                Claim::Mine(stored) => return same(&record, *stored),
                 Claim::Taken => lost = Some(record.version),
             }
             pause(round).await;
@@ -85,17 +86,9 @@ impl<R: RecordStore> StoreCatalog<R> {
     ) -> Result<Option<Record>, CatalogError> {
         for version in listed.iter().rev().take(REMEMBERED) {
             let found = self.find(&record.name().at(*version)).await?;
-            let Some(found) = found.filter(|found| found.nonce == record.nonce) else {
-                continue;
-            };
-            let same = found.tree == record.tree
-                && found.origin == record.origin
-                && found.message == record.message
-                && found.totals == record.totals;
-            if !same {
-                return Err(CatalogError::KeyReused { name: record.name() });
+            if let Some(found) = found.filter(|found| found.nonce == record.nonce) {
+                return same(record, found).map(Some);
             }
-            return Ok(Some(found));
         }
         Ok(None)
     }
@@ -116,12 +109,14 @@ impl<R: RecordStore> StoreCatalog<R> {
         let mut last = None;
         for round in 0..SETTLES {
             let failed = match self.records.put_if_absent(&key, bytes.clone()).await {
-                Ok(PutOutcome::Created) => return Ok(Claim::Mine),
+                Ok(PutOutcome::Created) => return Ok(Claim::Mine(Box::new(record.clone()))),
                 Ok(PutOutcome::AlreadyExists) => None,
                 Err(error) => Some(error),
             };
             match (self.find(&reference).await, failed) {
-                (Ok(Some(found)), _) if found.nonce == record.nonce => return Ok(Claim::Mine),
+                (Ok(Some(found)), _) if found.nonce == record.nonce => {
+                    return Ok(Claim::Mine(Box::new(found)));
+                }
                 (Ok(Some(_)), _) => return Ok(Claim::Taken),
                 // A definite refusal (denied, no bucket, read-only): nothing was written, now or earlier.
                 (_, Some(error)) if !error.is_retryable() && round == 0 => {
@@ -181,6 +176,19 @@ impl<R: RecordStore> StoreCatalog<R> {
                 store: self.records.location(),
             }),
         }
+    }
+}
+
+/// The stored record, if it is what was to be stored.
+fn same(record: &Record, stored: Record) -> Result<Record, CatalogError> {
+    let same = stored.tree == record.tree
+        && stored.origin == record.origin
+        && stored.message == record.message
+        && stored.totals == record.totals;
+    if same {
+        Ok(stored)
+    } else {
+        Err(CatalogError::KeyReused { name: record.name() })
     }
 }
 

@@ -5,7 +5,7 @@
 //! leases/<owner>/<datastore>/<version>/<id>.<user>.json        somebody has it mounted; renewed, or void
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use futures::{TryStreamExt, stream};
 use jiff::Timestamp;
@@ -66,9 +66,46 @@ impl<R: RecordStore> StoreCatalog<R> {
                 })
             })
             .transpose()?;
+        let mut page = self.page_of_published(owners, cursor.as_ref(), limit).await?;
+        // Few datastores have retired versions: only those are looked at more closely.
+        let mut with_retired = BTreeSet::new();
+        for owner in owners {
+            let prefix = layout::retired_of_user(owner);
+            let in_page = |name: &QualifiedName| page.items.iter().any(|item| item.name == *name);
+            if !page.items.iter().any(|item| item.name.owner == *owner) {
+                continue;
+            }
+            let mut keys = self.records.list(&prefix, None);
+            while let Some(key) = keys.try_next().await.map_err(origin("listing what is retired"))? {
+                let datastore = layout::datastore_and_version(&prefix, &key).map(|(datastore, _)| datastore);
+                let name = datastore.map(|datastore| QualifiedName::new(owner.clone(), datastore));
+                with_retired.extend(name.filter(in_page));
+            }
+        }
+        for name in with_retired {
+            let latest = self.available(&name).await?.last().copied();
+            match latest {
+                Some(latest) => {
+                    let item = page.items.iter_mut().find(|item| item.name == name);
+                    if let Some(item) = item {
+                        item.latest = latest;
+                    }
+                }
+                None => page.items.retain(|item| item.name != name),
+            }
+        }
+        Ok(page)
+    }
+
+    async fn page_of_published(
+        &self,
+        owners: &[UserName],
+        cursor: Option<&Cursor>,
+        limit: usize,
+    ) -> Result<Page<DatastoreSummary>, CatalogError> {
         let mut items: Vec<DatastoreSummary> = Vec::new();
         for owner in owners {
-            let below = match &cursor {
+            let below = match cursor {
                 Some(cursor) if *owner < cursor.owner => continue,
                 Some(cursor) if *owner == cursor.owner => {
                     // After every version's key of the datastore, whose names are digits.
@@ -113,6 +150,13 @@ impl<R: RecordStore> StoreCatalog<R> {
             .iter()
             .filter_map(|object| layout::version(layout::below(&prefix, &object.key)?))
             .collect())
+    }
+
+    /// What can be mounted, ascending; empty if there is nothing, whatever the reason.
+    pub(super) async fn available(&self, name: &QualifiedName) -> Result<Vec<VersionNumber>, CatalogError> {
+        let (mut versions, retired) = futures::try_join!(self.numbers(name), self.retired(name))?;
+        versions.retain(|version| !retired.contains(version));
+        Ok(versions)
     }
 
     pub(super) async fn refuse_retired(&self, reference: &PinnedReference) -> Result<(), CatalogError> {
