@@ -41,6 +41,8 @@ const OPENAPI: &str = include_str!("../../../docs/openapi.yaml");
 const MOST_BODY: usize = 256 << 10;
 /// No request takes longer; the store's own deadlines end sooner.
 const DEADLINE: Duration = Duration::from_secs(60);
+/// Leaves room in a record, whatever the characters.
+const MOST_MESSAGE: usize = 16 << 10;
 const MOST_KEY: usize = 256;
 const MOST_HOST: usize = 255;
 
@@ -334,7 +336,29 @@ fn content<T: DeserializeOwned>(body: Content) -> Result<T, Refusal> {
         problem.status = rejection.status().as_u16();
         problem
     })?;
-    serde_json::from_slice(&bytes).map_err(bad)
+    let mut value: serde_json::Value = serde_json::from_slice(&bytes).map_err(bad)?;
+    whole_numbers(&mut value);
+    serde_json::from_value(value).map_err(bad)
+}
+
+/// To JSON, 3.0 is an integer; to Rust, it is not. Bodies are small, and serde_json bounds their depth.
+fn whole_numbers(value: &mut serde_json::Value) {
+    /// Up to here every integer is a float.
+    const EXACT: f64 = 9_007_199_254_740_992.0;
+
+    match value {
+        serde_json::Value::Array(items) => items.iter_mut().for_each(whole_numbers),
+        serde_json::Value::Object(fields) => fields.values_mut().for_each(whole_numbers),
+        serde_json::Value::Number(number) if number.is_f64() => {
+            let whole = number
+                .as_f64()
+                .filter(|float| float.fract() == 0.0 && (0.0..=EXACT).contains(float));
+            if let Some(float) = whole {
+                *value = (float as u64).into();
+            }
+        }
+        _ => {}
+    }
 }
 
 async fn me(State(plane): Plane, Extension(caller): Who) -> Answer {
@@ -579,7 +603,15 @@ async fn publish(
     if let Some(part) = parts.into_iter().flatten().find(|part| !is_tree_key(&part.key)) {
         return Err(bad(format!("{:?} is not a key of a tree", part.key)));
     }
+    if new.message.chars().count() > MOST_MESSAGE {
+        return Err(bad(format!("a message has at most {MOST_MESSAGE} characters")));
+    }
     if let OriginLocation::Url(url) = &new.origin {
+        if matches!(url.scheme(), "http" | "https") {
+            return Err(bad(
+                "an origin that is registered is at s3://, gs://, az:// or file://",
+            ));
+        }
         refuse_overlap(url, plane.catalog.store().url())?;
     }
     let draft = Draft {
@@ -692,9 +724,8 @@ async fn hold(
 ) -> Answer {
     let (reference, id) = leased(path, &caller)?;
     let new: NewLease = content(body)?;
-    let printable = |c: char| !c.is_control();
-    if new.host.is_empty() || new.host.len() > MOST_HOST || !new.host.chars().all(printable) {
-        return Err(bad("a host's name has 1 to 255 printable bytes"));
+    if new.host.is_empty() || new.host.len() > MOST_HOST || !new.host.chars().all(|c| c.is_ascii_graphic()) {
+        return Err(bad("a host's name has 1 to 255 visible ASCII characters"));
     }
     plane.catalog.record_even_if_retired(&reference).await?;
     let life = plane.options.lease;
