@@ -1,6 +1,6 @@
 //! Cold reads through `fetch`, beside plain parallel ranged GETs of the same store in the same run.
 //!
-//!     cargo bench --bench fetch [-- --small] [--only sequential|random|small-files]
+//!     cargo bench --bench fetch [-- --small] [--only sequential|random|small-files] [--connections N]
 //!
 //! The origin is in this process, shaped to 20 ms to the first byte and 90 MB/s per connection. No kernel
 //! takes part, and a disk cache only for the small files: what is measured is the fetcher.
@@ -29,6 +29,7 @@ use grid_mount::{
 };
 use s3_origin::{S3Origin, Shape};
 
+/// Connections, unless `--connections` says otherwise.
 const CONNECTIONS: usize = 32;
 const SHAPE: Shape = Shape {
     first_byte: Duration::from_millis(20),
@@ -40,12 +41,33 @@ const SHAPE: Shape = Shape {
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
+fn argument(name: &str) -> Option<String> {
+    std::env::args().skip_while(|argument| argument != name).nth(1)
+}
+
+fn connections() -> usize {
+    argument("--connections")
+        .and_then(|count| count.parse().ok())
+        .unwrap_or(CONNECTIONS)
+}
+
+/// Processor seconds of this process so far, the origin's included.
+fn cpu() -> f64 {
+    let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF);
+    usage.map_or(0.0, |usage| {
+        [usage.user_time(), usage.system_time()]
+            .iter()
+            .map(|time| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6)
+            .sum()
+    })
+}
+
 fn config() -> FetchConfig {
     FetchConfig {
-        connections: CONNECTIONS,
+        connections: connections(),
         memory_limit: 1 << 30,
         read_deadline: Duration::from_secs(30),
-        max_readahead: 256 << 20,
+        max_readahead: 512 << 20,
     }
 }
 
@@ -115,13 +137,21 @@ fn percentile(times: &mut [Duration], of: usize) -> f64 {
 }
 
 async fn sequential(bench: &Bench) -> Result<(), Failure> {
+    // Once beforehand: connections, and the kernel's buffers.
+    stream::iter(0..connections() as u64)
+        .map(|n| bench.plain("big", n << 20..(n + 1) << 20))
+        .buffer_unordered(connections())
+        .try_for_each(|_| async { Ok(()) })
+        .await?;
+    let plain_cpu = cpu();
     let began = Instant::now();
     stream::iter((0..bench.size).step_by(8 << 20))
         .map(|at| bench.plain("big", at..(at + (8 << 20)).min(bench.size)))
-        .buffer_unordered(CONNECTIONS)
+        .buffer_unordered(connections())
         .try_for_each(|_| async { Ok(()) })
         .await?;
     let ceiling = mb(bench.size, began.elapsed());
+    let plain_cpu = cpu() - plain_cpu;
     let one = Instant::now();
     bench.plain("big", 0..BLOCK_SIZE).await?;
     let one = one.elapsed();
@@ -129,6 +159,7 @@ async fn sequential(bench: &Bench) -> Result<(), Failure> {
     let (fetcher, object) = bench.fetcher();
     let streams = Streams::default();
     let before = bench.moved();
+    let used = cpu();
     let (began, mut first, mut buffer) = (Instant::now(), None, Vec::new());
     for at in (0..bench.size).step_by(BLOCK_SIZE as usize) {
         let range = at..at + BLOCK_SIZE;
@@ -138,14 +169,19 @@ async fn sequential(bench: &Bench) -> Result<(), Failure> {
     }
     let got = mb(bench.size, began.elapsed());
     let after = bench.moved();
+    let stats = fetcher.stats();
     println!(
-        "sequential, {} MiB: {got:.0} MB/s of {ceiling:.0} ({:.2}); first bytes {:.1} ms, one plain GET {:.1} ms; {} GETs, {:.3} bytes fetched per byte read",
+        "sequential, {} MiB, {} connections: {got:.0} MB/s of {ceiling:.0} ({:.2}); first bytes {:.1} ms, one plain GET {:.1} ms; {} GETs ({} hedges, {} retries), {:.3} bytes fetched per byte read; {:.2} CPU seconds, plain {plain_cpu:.2}",
         bench.size >> 20,
+        connections(),
         got / ceiling,
         ms(first.unwrap_or_default()),
         ms(one),
         after.0 - before.0,
-        (after.1 - before.1) as f64 / bench.size as f64
+        stats.hedges,
+        stats.retries,
+        (after.1 - before.1) as f64 / bench.size as f64,
+        cpu() - used
     );
     Ok(())
 }
@@ -201,28 +237,31 @@ async fn random(bench: &Bench, readers: usize, reads: u64, warm: bool, label: &s
     Ok(())
 }
 
-/// Files of 100 KiB, each from a 4 KiB boundary, in objects of up to 64 MiB: what publishing makes of them.
-struct Bundles {
+/// Files of 100 KiB in directories of 100: in objects of up to 64 MiB, each from a 4 KiB boundary, which is what
+/// publishing makes of them; or one object each, as registered.
+#[derive(Clone)]
+struct Files {
     store: Store,
     files: u64,
+    in_an_object: u64,
 }
 
 const FILE: u64 = 100 << 10;
 const IN_A_BUNDLE: u64 = (64 << 20) / FILE;
 
-impl Bundles {
+impl Files {
     fn place(&self, file: u64) -> (ObjectNo, std::ops::Range<u64>) {
-        let start = file % IN_A_BUNDLE * FILE;
-        (ObjectNo((file / IN_A_BUNDLE) as u32), start..start + FILE)
+        let start = file % self.in_an_object * FILE;
+        (ObjectNo((file / self.in_an_object) as u32), start..start + FILE)
     }
 }
 
-impl Sources for Bundles {
+impl Sources for Files {
     fn source(&self, object: ObjectNo) -> Result<Source, TreeError> {
-        let files = (self.files - u64::from(object.0) * IN_A_BUNDLE).min(IN_A_BUNDLE);
+        let files = (self.files - u64::from(object.0) * self.in_an_object).min(self.in_an_object);
         Ok(Source {
             store: self.store.clone(),
-            key: format!("bundle{}", object.0),
+            key: format!("of {}/{}", self.in_an_object, object.0),
             pin: Pin::Content,
             size: files * FILE,
             sums: None,
@@ -238,18 +277,23 @@ impl Sources for Bundles {
     }
 }
 
-async fn small_files(bench: &Bench, files: u64, all: bool) -> Result<(), Failure> {
-    let one = Bytes::from(vec![7; FILE as usize]);
-    bench.origin.put("small", one);
-    let bundle = Bytes::from(vec![7; (IN_A_BUNDLE * FILE) as usize]);
-    let sources = Bundles {
+async fn small_files(
+    bench: &Bench,
+    files: u64,
+    in_an_object: u64,
+    policy: PrefetchPolicy,
+) -> Result<(), Failure> {
+    let sources = Files {
         store: bench.store.clone(),
         files,
+        in_an_object,
     };
-    for number in 0..files.div_ceil(IN_A_BUNDLE) {
-        let size = sources.source(ObjectNo(number as u32))?.size as usize;
-        bench.origin.put(&format!("bundle{number}"), bundle.slice(..size));
+    let whole = Bytes::from(vec![7; (in_an_object * FILE) as usize]);
+    for number in 0..files.div_ceil(in_an_object) {
+        let source = sources.source(ObjectNo(number as u32))?;
+        bench.origin.put(&source.key, whole.slice(..source.size as usize));
     }
+    bench.origin.put("small", Bytes::from(vec![7; FILE as usize]));
     let began = Instant::now();
     let some = files / 10;
     stream::iter(0..some)
@@ -261,7 +305,7 @@ async fn small_files(bench: &Bench, files: u64, all: bool) -> Result<(), Failure
     let began = Instant::now();
     stream::iter((0..bench.size).step_by(8 << 20))
         .map(|at| bench.plain("big", at..(at + (8 << 20)).min(bench.size)))
-        .buffer_unordered(CONNECTIONS)
+        .buffer_unordered(connections())
         .try_for_each(|_| async { Ok(()) })
         .await?;
     let ceiling = mb(bench.size, began.elapsed());
@@ -277,13 +321,8 @@ async fn small_files(bench: &Bench, files: u64, all: bool) -> Result<(), Failure
     let mut order: Vec<u64> = (0..files).collect();
     order.sort_by_key(|n| n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 7);
     let places: Vec<_> = order.iter().map(|&file| (file, sources.place(file))).collect();
-    let before = bench.moved();
+    let (before, used) = (bench.moved(), cpu());
     let began = Instant::now();
-    let policy = if all {
-        PrefetchPolicy::All
-    } else {
-        PrefetchPolicy::Auto
-    };
     let runtime = tokio::runtime::Handle::current();
     let content = Arc::new(Fetched::new(
         Arc::clone(&fetcher),
@@ -296,33 +335,43 @@ async fn small_files(bench: &Bench, files: u64, all: bool) -> Result<(), Failure
     let readers = (0..8).map(|reader| {
         let (content, places) = (Arc::clone(&content), Arc::clone(&places));
         tokio::spawn(async move {
-            let mut buffer = Vec::new();
+            let (mut buffer, mut times) = (Vec::new(), Vec::new());
             for (file, (object, range)) in places.iter().skip(reader).step_by(8) {
-                if !content.read_cached(*object, range.clone(), &mut buffer) {
-                    let (bytes, ()) = futures::join!(content.read(*object, range.clone()), async {
-                        content.advise(Ino(*file), *object, range.clone(), range.clone());
-                    });
-                    bytes?;
-                } else {
-                    content.advise(Ino(*file), *object, range.clone(), range.clone());
+                let began = Instant::now();
+                let there = content.read_cached(*object, range.clone(), &mut buffer);
+                content.advise(Ino(*file), *object, range.clone(), range.clone());
+                if !there {
+                    content.read(*object, range.clone()).await?;
                 }
+                times.push(began.elapsed());
             }
-            Ok::<_, Failure>(())
+            Ok::<_, Failure>(times)
         })
     });
+    let mut times = Vec::new();
     for done in futures::future::join_all(readers).await {
-        done??;
+        times.extend(done??);
     }
     let took = began.elapsed();
+    let used = cpu() - used;
     drop(content);
-    let after = bench.moved();
+    let (after, stats) = (bench.moved(), fetcher.stats());
     let got = mb(files * FILE, took);
+    let rate = files as f64 / took.as_secs_f64();
+    let kind = if in_an_object == 1 {
+        "one object each"
+    } else {
+        "in bundles"
+    };
     println!(
-        "{files} files of 100 KiB in bundles, 8 readers, shuffled, --prefetch {policy}, cache on disk: {:.0} files/s, {got:.0} MB/s of {ceiling:.0} ({:.2}); one GET per file, 8 at a time: {serial:.0} files/s; {:.2} bytes fetched per byte read, {} blocks not cached",
-        files as f64 / took.as_secs_f64(),
+        "{files} files of 100 KiB, {kind}, 8 readers, shuffled, --prefetch {policy}, cache on disk: {rate:.0} files/s, {got:.0} MB/s of {ceiling:.0} ({:.2}); 8 readers x one GET at a time: {serial:.0} files/s ({:.1} x); a file p50 {:.1} ms, p99 {:.1} ms; {} GETs, {:.2} bytes fetched per byte read, {} blocks not cached, {used:.2} CPU seconds",
         got / ceiling,
+        rate / serial,
+        percentile(&mut times, 50),
+        percentile(&mut times, 99),
+        after.0 - before.0,
         (after.1 - before.1) as f64 / (files * FILE) as f64,
-        fetcher.stats().fills_dropped
+        stats.fills_dropped
     );
     Ok(())
 }
@@ -338,9 +387,7 @@ async fn main() -> Result<(), Failure> {
     let settings = origin.settings().into_iter().collect();
     let store = Store::open(&"s3://bucket".parse()?, &settings, &Deadlines::data())?;
     let bench = Bench { origin, store, size };
-    let only = std::env::args()
-        .skip_while(|argument| argument != "--only")
-        .nth(1);
+    let only = argument("--only");
     let wanted = |name: &str| only.as_deref().is_none_or(|only| only == name);
     if wanted("sequential") {
         sequential(&bench).await?;
@@ -360,8 +407,11 @@ async fn main() -> Result<(), Failure> {
     }
     if wanted("small-files") {
         let files = if small { 2000 } else { 20_000 };
-        small_files(&bench, files, false).await?;
-        small_files(&bench, files, true).await?;
+        for in_an_object in [IN_A_BUNDLE, 1] {
+            for policy in [PrefetchPolicy::Auto, PrefetchPolicy::All] {
+                small_files(&bench, files, in_an_object, policy).await?;
+            }
+        }
     }
     Ok(())
 }

@@ -4,6 +4,8 @@
 //! Must not know FUSE or trees.
 
 mod buffers;
+mod error;
+mod fills;
 mod job;
 mod pool;
 mod readahead;
@@ -11,13 +13,9 @@ mod recent;
 mod stats;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     ops::Range,
-    sync::{
-        Arc, Weak,
-        atomic::Ordering::Relaxed,
-        mpsc::{SyncSender, TrySendError, sync_channel},
-    },
+    sync::{Arc, Weak, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
@@ -28,17 +26,18 @@ use tokio::sync::{Semaphore, watch};
 
 use self::{
     buffers::Buffers,
+    fills::{Fill, Fills},
     job::Job,
     pool::{Pool, Urgency},
     recent::Recent,
     stats::Tally,
 };
-pub use self::{pool::Priority, readahead::Streams, stats::FetchStats};
+pub use self::{error::FetchError, pool::Priority, readahead::Streams, stats::FetchStats};
 use crate::{
     block::{BLOCK_SIZE, BLOCKS_PER_EXTENT, BlockNo, block_count, blocks_covering},
     cache::{Cache, CachedObject, ObjectId, Purpose},
     digest::BlockSum,
-    origin::{OriginError, Pin, Store},
+    origin::{Pin, Store},
 };
 
 /// The bounds of one agent's fetching.
@@ -79,7 +78,8 @@ pub struct FetchObject {
     /// Blocks on their way. Bounded by what the memory budget lets in flight and by the queued readahead.
     flights: Mutex<HashMap<u64, Flight>>,
     /// Blocks that readahead brought and nobody has read yet.
-    unread: Mutex<std::collections::HashSet<u64>>,
+    unread: Mutex<HashSet<u64>>,
+    tally: Arc<Tally>,
 }
 
 struct Flight {
@@ -91,18 +91,8 @@ type Arrival = Result<Bytes, FetchError>;
 
 /// More unread blocks than this per object are not accounted for.
 const MOST_UNREAD: usize = 1 << 16;
-/// Blocks waiting to be written to the cache; what comes on top is not cached.
-const FILL_QUEUE: usize = 256;
-const FILL_THREADS: usize = 2;
 /// Extents of one warm-up in flight.
 const WARM_AT_ONCE: usize = 24;
-
-struct Fill {
-    object: Arc<CachedObject>,
-    block: u64,
-    bytes: Bytes,
-    purpose: Purpose,
-}
 
 pub struct Fetcher {
     config: FetchConfig,
@@ -115,7 +105,7 @@ pub struct Fetcher {
     /// The part of it that readahead and warm-up may hold together.
     low_memory: Arc<Semaphore>,
     recent: Recent,
-    fills: Option<SyncSender<Fill>>,
+    fills: Option<Fills>,
     buffers: Arc<Buffers>,
     tally: Arc<Tally>,
     latency: job::Latency,
@@ -123,14 +113,14 @@ pub struct Fetcher {
 
 impl Fetcher {
     pub fn new(config: FetchConfig, cache: Option<Arc<Cache>>, runtime: tokio::runtime::Handle) -> Arc<Self> {
-        // Half of the memory for what is in flight, three eighths for what just arrived; the queue to the
-        // cache shares its bytes with the latter.
-        let blocks = usize::try_from(config.memory_limit / 2 / BLOCK_SIZE).unwrap_or(usize::MAX >> 4);
+        // Three eighths of the memory for what is in flight, half for what arrived; the queue to the cache
+        // shares its bytes with the latter.
+        let blocks = usize::try_from(config.memory_limit / 8 * 3 / BLOCK_SIZE).unwrap_or(usize::MAX >> 4);
         let blocks = blocks.clamp(2 * BLOCKS_PER_EXTENT as usize, Semaphore::MAX_PERMITS);
         let tally = Arc::new(Tally::default());
-        let fills = cache.as_ref().and_then(|_| start_fill_threads(&tally));
+        let fills = cache.as_ref().and_then(|_| Fills::start(&tally));
         Arc::new(Self {
-            recent: Recent::new(config.memory_limit / 8 * 3),
+            recent: Recent::new(config.memory_limit / 2),
             config,
             cache,
             runtime,
@@ -171,6 +161,7 @@ impl Fetcher {
             pool,
             flights: Mutex::default(),
             unread: Mutex::default(),
+            tally: Arc::clone(&self.tally),
         });
         let mut objects = self.objects.lock();
         if let Some(first) = objects.get(&id).and_then(Weak::upgrade) {
@@ -230,7 +221,7 @@ impl Fetcher {
     ) -> Result<Bytes, FetchError> {
         let blocks = blocks_covering(&range);
         let wanted: Vec<u64> = blocks.clone().collect();
-        let mut arrivals = self.start(object, &wanted, Priority::Waited, BLOCKS_PER_EXTENT);
+        let mut arrivals = self.start(object, &wanted, Ahead::No);
         self.mark_read(object, &blocks);
         let mut whole = BytesMut::with_capacity(usize::try_from(range.end - range.start).unwrap_or(0));
         for block in blocks.clone() {
@@ -271,10 +262,7 @@ impl Fetcher {
                 return Ok(bytes.into());
             }
         }
-        match self
-            .start_absent(object, &[block], Priority::Waited, 1)
-            .remove(&block)
-        {
+        match self.start_absent(object, &[block], Ahead::No).remove(&block) {
             Some(Started::Here(bytes)) => Ok(bytes),
             Some(Started::Coming(mut done)) => {
                 let arrived = done
@@ -288,13 +276,11 @@ impl Fetcher {
     }
 
     /// Starts (or joins) the fetches of those `wanted` blocks (ascending) that the cache does not have.
-    /// `piece`: blocks of one GET of what is fetched ahead.
     fn start(
         self: &Arc<Self>,
         object: &Arc<FetchObject>,
         wanted: &[u64],
-        priority: Priority,
-        piece: u64,
+        ahead: Ahead,
     ) -> HashMap<u64, Started> {
         let absent: Vec<u64> = match (&object.cached, wanted) {
             (Some(cached), [first, .., last] | [first @ last]) => {
@@ -307,16 +293,16 @@ impl Fetcher {
             }
             _ => wanted.to_vec(),
         };
-        self.start_absent(object, &absent, priority, piece)
+        self.start_absent(object, &absent, ahead)
     }
 
     fn start_absent(
         self: &Arc<Self>,
         object: &Arc<FetchObject>,
         absent: &[u64],
-        priority: Priority,
-        piece: u64,
+        ahead: Ahead,
     ) -> HashMap<u64, Started> {
+        let priority = ahead.priority();
         let mut started = HashMap::with_capacity(absent.len());
         let mut jobs: Vec<Job> = Vec::new();
         {
@@ -335,11 +321,11 @@ impl Fetcher {
                     new.push(block);
                 }
             }
-            let most = match priority {
+            let most = match ahead {
                 // A waiting reader's request is spread over all connections.
-                Priority::Waited => self.piece(new.len() as u64),
-                Priority::Readahead => piece,
-                Priority::WarmUp => BLOCKS_PER_EXTENT,
+                Ahead::No => self.piece(new.len() as u64),
+                Ahead::Stream { piece } => piece,
+                Ahead::Neighbours | Ahead::WarmUp => BLOCKS_PER_EXTENT,
             };
             for run in runs(&new) {
                 for piece in readahead::pieces(run, most) {
@@ -368,6 +354,9 @@ impl Fetcher {
                             Priority::Readahead => Purpose::Readahead,
                             Priority::WarmUp => Purpose::WarmUp,
                         },
+                        patient: matches!(ahead, Ahead::Neighbours | Ahead::WarmUp),
+                        memory: None,
+                        low_memory: None,
                         delivered: 0,
                     });
                 }
@@ -390,33 +379,39 @@ impl Fetcher {
     ) {
         let (ranges, window) = streams.advise(&range, &object.clip(&window), self.largest_window());
         // Small while the window is: all connections have a part of it, and the next byte comes soon. Large
-        // pieces waste less of each connection on waiting for first bytes.
-        let piece = self.piece(window / BLOCK_SIZE);
+        // pieces waste less of each connection on waiting for first bytes. A quarter more of them than there
+        // are connections: when the reader is slow with one, none of the others is idle.
+        let piece = readahead::even_piece(window / BLOCK_SIZE, self.config.connections as u64 * 5 / 4);
         for ahead in ranges {
             let wanted: Vec<u64> = blocks_covering(&ahead).collect();
-            self.fetch_ahead(object, &wanted, piece);
+            self.fetch_ahead(object, &wanted, Ahead::Stream { piece });
         }
     }
 
     /// Told that a small file, `file` of the object, is wanted where many others are: it and its neighbours
-    /// in the same extent are fetched, the file first. Nothing happens while there is much to fetch already.
+    /// in the same extent are fetched, the file first. Nothing happens while there is much to fetch already,
+    /// or more arrives than the cache's disk takes: neighbours that are not kept would be fetched twice.
     pub fn advise_neighbours(self: &Arc<Self>, object: &Arc<FetchObject>, file: Range<u64>) {
         let own = blocks_covering(&object.clip(&file));
         let extent = own.start / BLOCKS_PER_EXTENT;
         let end = ((extent + 1) * BLOCKS_PER_EXTENT).min(block_count(object.source.size));
-        if self.low_memory.available_permits() < BLOCKS_PER_EXTENT as usize || own.is_empty() {
+        let disk_keeps_up = self.fills.as_ref().is_some_and(Fills::keep_up);
+        if self.low_memory.available_permits() < BLOCKS_PER_EXTENT as usize
+            || own.is_empty()
+            || !disk_keeps_up
+        {
             return;
         }
         let neighbours: Vec<u64> = (extent * BLOCKS_PER_EXTENT..end)
             .filter(|block| !own.contains(block))
             .collect();
         let own: Vec<u64> = own.collect();
-        self.start(object, &own, Priority::Waited, BLOCKS_PER_EXTENT);
-        self.fetch_ahead(object, &neighbours, BLOCKS_PER_EXTENT);
+        self.start(object, &own, Ahead::No);
+        self.fetch_ahead(object, &neighbours, Ahead::Neighbours);
     }
 
-    fn fetch_ahead(self: &Arc<Self>, object: &Arc<FetchObject>, wanted: &[u64], piece: u64) {
-        let started = self.start(object, wanted, Priority::Readahead, piece);
+    fn fetch_ahead(self: &Arc<Self>, object: &Arc<FetchObject>, wanted: &[u64], ahead: Ahead) {
+        let started = self.start(object, wanted, ahead);
         let mut unread = object.unread.lock();
         for (block, started) in started {
             if matches!(started, Started::Coming(_)) && unread.len() < MOST_UNREAD && unread.insert(block) {
@@ -431,7 +426,7 @@ impl Fetcher {
 
     /// Without room to keep it, what is fetched ahead would be fetched twice: less than what `recent` holds.
     fn largest_window(&self) -> u64 {
-        self.config.max_readahead.min(self.config.memory_limit / 4)
+        self.config.max_readahead.min(self.config.memory_limit / 8 * 3)
     }
 
     /// How many bytes the cache can still take without evicting; 0 without a cache.
@@ -460,7 +455,7 @@ impl Fetcher {
                 let end = ((extent + 1) * BLOCKS_PER_EXTENT).min(blocks.end);
                 async move {
                     let wanted: Vec<u64> = (start..end).collect();
-                    for (block, started) in self.start(object, &wanted, priority, BLOCKS_PER_EXTENT) {
+                    for (block, started) in self.start(object, &wanted, Ahead::of(priority)) {
                         match started {
                             Started::Coming(mut done) => {
                                 let arrived = done
@@ -470,7 +465,9 @@ impl Fetcher {
                                 arrived.clone().ok_or(FetchError::Stopped)??;
                             }
                             // Here, but not in the cache: evicted since, or there was no room in the queue.
-                            Started::Here(bytes) => self.fill(object, block, &bytes, Purpose::WarmUp),
+                            Started::Here(bytes) => {
+                                self.fill(object, block, &bytes, Purpose::WarmUp, true).await
+                            }
                         }
                     }
                     Ok(())
@@ -500,8 +497,8 @@ impl Fetcher {
         self.tally.readahead_used.fetch_add(used as u64, Relaxed);
     }
 
-    /// Hands an arrived block to the cache; never waits for it.
-    fn fill(&self, object: &FetchObject, block: u64, bytes: &Bytes, purpose: Purpose) {
+    /// Hands an arrived block to the cache; waits for the disk only if it is `patient`.
+    async fn fill(&self, object: &FetchObject, block: u64, bytes: &Bytes, purpose: Purpose, patient: bool) {
         let (Some(fills), Some(cached)) = (&self.fills, &object.cached) else {
             return;
         };
@@ -511,8 +508,44 @@ impl Fetcher {
             bytes: bytes.clone(),
             purpose,
         };
-        if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) = fills.try_send(fill) {
-            self.tally.fills_dropped.fetch_add(1, Relaxed);
+        if patient {
+            fills.bring(fill).await;
+        } else {
+            fills.offer(fill);
+        }
+    }
+}
+
+/// What blocks are fetched for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ahead {
+    /// Somebody waits for them.
+    No,
+    /// A stream will come to them; `piece`: blocks of one GET.
+    Stream {
+        piece: u64,
+    },
+    /// They lie beside a small file, and are worth it only if the cache keeps them. So with a warm-up.
+    Neighbours,
+    WarmUp,
+}
+
+impl Ahead {
+    fn of(priority: Priority) -> Self {
+        match priority {
+            Priority::Waited => Self::No,
+            Priority::Readahead => Self::Stream {
+                piece: BLOCKS_PER_EXTENT,
+            },
+            Priority::WarmUp => Self::WarmUp,
+        }
+    }
+
+    fn priority(self) -> Priority {
+        match self {
+            Self::No => Priority::Waited,
+            Self::Stream { .. } | Self::Neighbours => Priority::Readahead,
+            Self::WarmUp => Priority::WarmUp,
         }
     }
 }
@@ -520,6 +553,13 @@ impl Fetcher {
 enum Started {
     Here(Bytes),
     Coming(watch::Receiver<Option<Arrival>>),
+}
+
+impl Drop for FetchObject {
+    fn drop(&mut self) {
+        let unused = self.unread.lock().len();
+        self.tally.readahead_unused.fetch_add(unused as u64, Relaxed);
+    }
 }
 
 impl FetchObject {
@@ -540,35 +580,6 @@ impl FetchObject {
         let end = range.end.min(self.source.size);
         range.start.min(end)..end
     }
-}
-
-/// The threads end when the fetcher, which holds the only sender, is gone. `None`: no thread could be
-/// started, and nothing is cached.
-fn start_fill_threads(tally: &Arc<Tally>) -> Option<SyncSender<Fill>> {
-    let (sender, fills) = sync_channel::<Fill>(FILL_QUEUE);
-    let fills = Arc::new(Mutex::new(fills));
-    let started = (0..FILL_THREADS).filter(|_| {
-        let (fills, tally) = (Arc::clone(&fills), Arc::clone(tally));
-        let work = move || {
-            loop {
-                // The lock is the queue's turnstile: held while waiting for work, not while doing it.
-                let next = fills.lock().recv();
-                let Ok(fill) = next else { return };
-                if fill
-                    .object
-                    .fill(BlockNo(fill.block), &fill.bytes, fill.purpose)
-                    .is_err()
-                {
-                    tally.fills_failed.fetch_add(1, Relaxed);
-                }
-            }
-        };
-        std::thread::Builder::new()
-            .name("cache-fill".to_owned())
-            .spawn(work)
-            .is_ok()
-    });
-    (started.count() > 0).then_some(sender)
 }
 
 /// Splits ascending block numbers into runs of neighbours that stay within an extent.
@@ -612,31 +623,6 @@ fn identity(domain: &str, source: &Source) -> ObjectId {
         source.size,
         None,
     )
-}
-
-/// Cloneable: one failed GET fails every reader that waited for it.
-#[derive(Clone, Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum FetchError {
-    #[error("no answer within {0:?}")]
-    Deadline(Duration),
-    #[error("{}", .0.chain())]
-    Origin(#[source] Arc<OriginError>),
-    #[error(
-        "block {block} of {key} does not have the bytes that were published (fetched twice); the object was overwritten or is damaged"
-    )]
-    Corrupt { key: String, block: u64 },
-    #[error("the sums of {key} could not be had: {reason}")]
-    Sums { key: String, reason: String },
-    #[error("fetching was stopped")]
-    Stopped,
-}
-
-impl FetchError {
-    /// Whether the reader lacks a permission (EACCES) rather than the bytes (EIO).
-    pub fn is_denied(&self) -> bool {
-        matches!(self, Self::Origin(error) if matches!(**error, OriginError::Denied { .. } | OriginError::Credentials { .. }))
-    }
 }
 
 /// How many blocks an object has: for callers that warm whole objects.

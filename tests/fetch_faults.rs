@@ -4,7 +4,10 @@
 mod s3_origin;
 
 use std::{
-    sync::{Arc, atomic::Ordering::Relaxed},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -14,7 +17,7 @@ use grid_mount::{
     cache::{Cache, CacheConfig, VerifyPolicy},
     digest::BlockSum,
     fetch::{BlockSums, FetchConfig, FetchError, FetchObject, Fetcher, Priority, Source, Streams},
-    origin::{Deadlines, OriginError, Pin, PutOutcome, Store},
+    origin::{Borrowed, Deadlines, Keys, Lender, Lent, OriginError, Pin, PutOutcome, Secret, Store},
 };
 use s3_origin::{Fault, S3Origin, Shape};
 
@@ -136,6 +139,108 @@ async fn each_fault_passes_or_ends_as_it_should() {
         assert_eq!(
             set.fetcher.read(&set.object, 0..10).await.unwrap(),
             set.data[..10]
+        );
+    }
+}
+
+/// Lends `key 0`, `key 1`, … for an hour each.
+#[derive(Default)]
+struct Bank {
+    lent: AtomicU64,
+}
+
+#[async_trait::async_trait]
+impl Lender for Bank {
+    async fn lend(&self) -> Result<Lent, Box<dyn std::error::Error + Send + Sync>> {
+        // Long enough for every reader to come along meanwhile.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let keys = Keys {
+            id: format!("key{}", self.lent.fetch_add(1, Relaxed)),
+            secret: Secret::new("hunter2"),
+            token: None,
+        };
+        let expires_in = Some(Duration::from_secs(3600));
+        Ok(Lent { keys, expires_in })
+    }
+}
+
+#[tokio::test]
+async fn refused_keys_are_renewed_once_for_all_readers() {
+    for (status, code) in [
+        (403, "InvalidAccessKeyId"),
+        (400, "ExpiredToken"),
+        (403, "AccessDenied"),
+    ] {
+        let origin = S3Origin::start(Shape::default()).await;
+        let data = bytes(24 * BLOCK_SIZE as usize);
+        origin.put("data/key", data.clone());
+        let bank = Arc::new(Bank::default());
+        let store = Store::open_with(
+            &"s3://bucket/data".parse().unwrap(),
+            &origin.settings().into_iter().collect(),
+            &Deadlines::data(),
+            Some(Arc::new(Borrowed::new(
+                "s3://bucket/data",
+                Arc::clone(&bank) as _,
+            ))),
+        )
+        .unwrap();
+        let fetcher = Fetcher::new(config(), None, tokio::runtime::Handle::current());
+        let source = Source {
+            store: store.clone(),
+            key: "key".into(),
+            pin: Pin::Content,
+            size: data.len() as u64,
+            sums: None,
+        };
+        let object = fetcher.open("team", source);
+        origin.take_only("key0", status, code);
+        assert_eq!(fetcher.read(&object, 0..10).await.unwrap(), data[..10]);
+        assert_eq!((bank.lent.load(Relaxed), origin.refused()), (1, 0));
+
+        // The keys in use are taken back: every reader is refused, one asks for others, all get their bytes.
+        origin.take_only("key1", status, code);
+        let reads = (1..12).map(|n| {
+            let (fetcher, object, data) = (&fetcher, &object, &data);
+            async move {
+                let at = n * 2 * BLOCK_SIZE as usize;
+                let range = at as u64..at as u64 + 100;
+                assert_eq!(
+                    fetcher.read(object, range).await.unwrap(),
+                    data[at..at + 100],
+                    "{code}"
+                );
+            }
+        });
+        futures::future::join_all(reads).await;
+        assert_eq!(bank.lent.load(Relaxed), 2, "{code}: renewed more than once");
+        assert!(origin.refused() >= 1);
+        // Everything else a store is asked renews them, too.
+        origin.take_only("key2", status, code);
+        store.put("other", "x".into()).await.unwrap();
+        origin.take_only("key3", status, code);
+        let listed: Vec<_> = store.list("", None).try_collect().await.unwrap();
+        assert_eq!(listed.len(), 2);
+        assert_eq!(bank.lent.load(Relaxed), 4);
+
+        // Nobody lends the right ones: refused once more, and then it is an error, not a storm of renewals.
+        origin.take_only("nobody's", status, code);
+        for _ in 0..5 {
+            let error = store.get("key", 1 << 30).await.unwrap_err();
+            let expected = match code {
+                "AccessDenied" => matches!(error, OriginError::Denied { .. }),
+                _ => matches!(
+                    error,
+                    OriginError::Credentials { .. } | OriginError::Denied { .. }
+                ),
+            };
+            assert!(expected, "{error:?}");
+        }
+        let most = if code == "AccessDenied" { 5 } else { 9 };
+        assert!(
+            bank.lent.load(Relaxed) <= most,
+            "{code}: {} times",
+            bank.lent.load(Relaxed)
         );
     }
 }

@@ -9,7 +9,7 @@ use std::{
 use bytes::Bytes;
 use futures::{StreamExt as _, stream::BoxStream};
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, watch};
 
 use super::{
     Arrival, FetchError, FetchObject, Fetcher,
@@ -30,6 +30,11 @@ pub(super) struct Job {
     pub waiters: Vec<watch::Sender<Option<Arrival>>>,
     pub urgency: Arc<Urgency>,
     pub purpose: Purpose,
+    /// Waits for the cache's disk, as long as no reader waits for this.
+    pub patient: bool,
+    /// The shares of the budget that the undelivered blocks hold.
+    pub memory: Option<OwnedSemaphorePermit>,
+    pub low_memory: Option<OwnedSemaphorePermit>,
     pub delivered: usize,
 }
 
@@ -47,19 +52,18 @@ impl Job {
     async fn fetch(&mut self) -> Result<(), FetchError> {
         let fetcher = Arc::clone(&self.fetcher);
         let blocks = u32::try_from(self.waiters.len()).unwrap_or(u32::MAX);
-        let _low = match self.urgency.get() {
+        self.low_memory = match self.urgency.get() {
             Priority::Waited => None,
             _ => tokio::select! {
-                permit = fetcher.low_memory.acquire_many(blocks) => Some(permit.map_err(|_| FetchError::Stopped)?),
+                permit = Arc::clone(&fetcher.low_memory).acquire_many_owned(blocks) => {
+                    Some(permit.map_err(|_| FetchError::Stopped)?)
+                }
                 // Somebody waits for it now: it no longer counts among the low.
                 () = self.urgency.raised() => None,
             },
         };
-        let _memory = fetcher
-            .memory
-            .acquire_many(blocks)
-            .await
-            .map_err(|_| FetchError::Stopped)?;
+        let memory = Arc::clone(&fetcher.memory).acquire_many_owned(blocks).await;
+        self.memory = Some(memory.map_err(|_| FetchError::Stopped)?);
         fetcher.tally.misses.fetch_add(u64::from(blocks), Relaxed);
         let mut fruitless = 0;
         let mut corrupt = None;
@@ -177,7 +181,7 @@ impl Job {
                     {
                         return Err(Stop::Corrupt(block));
                     }
-                    self.deliver(block, bytes);
+                    self.deliver(block, bytes).await;
                 }
             }
         }
@@ -188,13 +192,19 @@ impl Job {
         }
     }
 
-    fn deliver(&mut self, block: u64, bytes: Bytes) {
+    async fn deliver(&mut self, block: u64, bytes: Bytes) {
         // In this order a block is never in neither place (see `start_absent`).
         self.fetcher.recent.insert(self.object.id, block, bytes.clone());
-        self.fetcher.fill(&self.object, block, &bytes, self.purpose);
         self.object.flights.lock().remove(&block);
-        self.waiters[self.delivered].send_replace(Some(Ok(bytes)));
+        self.waiters[self.delivered].send_replace(Some(Ok(bytes.clone())));
         self.delivered += 1;
+        for share in [&mut self.memory, &mut self.low_memory].into_iter().flatten() {
+            drop(share.split(1));
+        }
+        let patient = self.patient && self.urgency.get() != Priority::Waited;
+        self.fetcher
+            .fill(&self.object, block, &bytes, self.purpose, patient)
+            .await;
     }
 
     fn fail(&mut self, error: &FetchError) {

@@ -12,7 +12,14 @@ use crate::block::{BLOCK_SIZE, EXTENT_SIZE};
 /// Readahead state of one inode: several streams.
 #[derive(Debug, Default)]
 pub struct Streams {
-    streams: Mutex<Vec<Stream>>,
+    streams: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    streams: Vec<Stream>,
+    /// No window grows beyond this, since streams here ended early before; `None`: none did.
+    learned: Option<u64>,
 }
 
 /// More readers than this on one inode share their guesses.
@@ -21,14 +28,18 @@ const MOST_STREAMS: usize = 16;
 /// readahead out of order, and readers skip small headers.
 const SLACK: u64 = 512 << 10;
 const FIRST_WINDOW: u64 = 2 << 20;
-/// A proven window grows by this factor: each step costs a round trip, and a fast origin takes five.
-const GROWTH: u64 = 4;
+/// A proven window grows by this factor: each step costs a round trip, and a fast origin takes four.
+const GROWTH: u64 = 8;
+/// What was learned is forgotten when it has grown to this.
+const MOST_LEARNED: u64 = 1 << 30;
 /// A first read of this length at the start of a file comes from a sequential reader's kernel readahead;
 /// random readers ask for less.
 const TELLING_LENGTH: u64 = 64 << 10;
 
 #[derive(Debug)]
 struct Stream {
+    /// Where it was met first.
+    start: u64,
     last: Range<u64>,
     /// The furthest byte read, in the stream's direction.
     front: u64,
@@ -39,6 +50,16 @@ struct Stream {
     window: u64,
     /// Reading on to here proves the window right.
     proof: u64,
+}
+
+impl Stream {
+    /// A stream that is read no further, though much was fetched for it: how large a window would have done.
+    fn teaches(&self, bounds: &Range<u64>) -> Option<u64> {
+        let unused = self.asked.min(bounds.end).abs_diff(self.front);
+        let wasteful = self.window > FIRST_WINDOW && unused > self.window / 2;
+        let ran = self.front.abs_diff(self.start);
+        (wasteful && self.step == 0).then(|| (ran / 2).next_power_of_two().max(FIRST_WINDOW))
+    }
 }
 
 impl Streams {
@@ -57,12 +78,21 @@ impl Streams {
         if range.is_empty() || largest < BLOCK_SIZE {
             return (Vec::new(), 0);
         }
-        let mut streams = self.streams.lock();
-        let (ahead, at) = Self::follow(&mut streams, range, bounds, largest);
+        let State { streams, learned } = &mut *self.streams.lock();
+        let largest = largest.min(learned.unwrap_or(u64::MAX));
+        let (ahead, at) = Self::follow(streams, range, bounds, largest);
         // The most recently used stream stands last; the first is the one to forget.
         let stream = streams.remove(at);
-        let window = stream.window;
+        let (window, ran) = (stream.window, stream.front.abs_diff(stream.start));
         streams.push(stream);
+        if streams.len() > MOST_STREAMS {
+            let forgotten = streams.remove(0);
+            *learned = forgotten.teaches(bounds).or(*learned);
+        }
+        // This one goes further than those before it did.
+        *learned = learned
+            .map(|most| if ran > 2 * most { 2 * most } else { most })
+            .filter(|most| *most < MOST_LEARNED);
         (ahead, window)
     }
 
@@ -198,12 +228,10 @@ impl Streams {
             stream.window = 0;
             return (Vec::new(), at);
         }
-        if streams.len() >= MOST_STREAMS {
-            streams.remove(0);
-        }
         let telling = range.start == bounds.start && range.end - range.start >= TELLING_LENGTH;
         let window = if telling { FIRST_WINDOW.min(largest) } else { 0 };
         streams.push(Stream {
+            start: range.start,
             last: range.clone(),
             front: range.end,
             asked: range.end + window,
@@ -229,6 +257,14 @@ pub(super) fn piece_size(blocks: u64, spread: u64) -> u64 {
     blocks
         .div_ceil(spread.max(1))
         .clamp((1 << 20) / BLOCK_SIZE, EXTENT_SIZE / BLOCK_SIZE)
+}
+
+/// How many blocks each GET takes of a stream's window of `blocks`, when `parts` of them are wanted: as
+/// [`piece_size`], and an extent is a whole number of them.
+pub(super) fn even_piece(blocks: u64, parts: u64) -> u64 {
+    let most = (blocks / parts.max(1)).max(1);
+    // The largest power of two that is not above.
+    (1 << most.ilog2()).clamp((1 << 20) / BLOCK_SIZE, EXTENT_SIZE / BLOCK_SIZE)
 }
 
 /// Cuts a run of blocks into pieces of up to `size`.
@@ -282,6 +318,26 @@ mod tests {
             start..start + 4096
         });
         assert_eq!(asked(reads), 0);
+    }
+
+    #[test]
+    fn streams_that_end_early_make_windows_small_and_a_long_one_large_again() {
+        // Each run of 6 MiB lies a gibibyte from the last, at an odd distance.
+        let streams = Streams::new();
+        let run = |n: u64, length: u64| {
+            let start = n * (1 << 30) + n * n * (1 << 20);
+            (0..length / BLOCK_SIZE)
+                .map(|b| start + b * BLOCK_SIZE..start + (b + 1) * BLOCK_SIZE)
+                .flat_map(|read| streams.advise(&read, &WHOLE, LARGEST).0)
+                .map(|ahead| ahead.end - ahead.start)
+                .sum::<u64>()
+        };
+        let first: u64 = (1..20).map(|n| run(n, 6 << 20)).sum();
+        let later: u64 = (20..39).map(|n| run(n, 6 << 20)).sum();
+        assert!(later < first * 3 / 4, "{first} bytes ahead, then {later}");
+        run(40, 1 << 30);
+        let streams = streams.streams.lock();
+        assert_eq!(streams.streams.last().unwrap().window, LARGEST);
     }
 
     #[test]

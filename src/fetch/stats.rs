@@ -21,6 +21,8 @@ pub struct FetchStats {
     /// Blocks fetched ahead, and those of them that somebody read.
     pub readahead_blocks: u64,
     pub readahead_used: u64,
+    /// Of those, blocks of objects that were closed before anybody read them.
+    pub readahead_unused: u64,
     pub corrupt_blocks: u64,
     /// Blocks not cached: the disk was slower than the network, or failed.
     pub fills_dropped: u64,
@@ -44,6 +46,7 @@ pub(super) struct Tally {
     pub slow_downs: AtomicU64,
     pub readahead_blocks: AtomicU64,
     pub readahead_used: AtomicU64,
+    pub readahead_unused: AtomicU64,
     pub corrupt_blocks: AtomicU64,
     pub fills_dropped: AtomicU64,
     pub fills_failed: AtomicU64,
@@ -72,6 +75,7 @@ impl Tally {
             slow_downs: get(&self.slow_downs),
             readahead_blocks: get(&self.readahead_blocks),
             readahead_used: get(&self.readahead_used),
+            readahead_unused: get(&self.readahead_unused),
             corrupt_blocks: get(&self.corrupt_blocks),
             fills_dropped: get(&self.fills_dropped),
             fills_failed: get(&self.fills_failed),

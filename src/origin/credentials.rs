@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use zeroize::Zeroizing;
 
-use super::OriginError;
+use super::{OriginError, http::SEEN, remote::carried};
 
 /// A lender that does not answer must not hold a reader longer than the reader's own deadline.
 const LEND_DEADLINE: Duration = Duration::from_secs(20);
@@ -273,14 +273,9 @@ impl CredentialProvider for Provider {
     type Credential = AwsCredential;
 
     async fn get_credential(&self) -> object_store::Result<Arc<AwsCredential>> {
-        let keys = self
-            .0
-            .current()
-            .await
-            .map_err(|error| object_store::Error::Generic {
-                store: "S3",
-                source: Box::new(error),
-            })?;
+        let keys = self.0.current().await.map_err(carried)?;
+        // Whoever is refused must say with what.
+        let _ = SEEN.try_with(|seen| seen.lock().signed_with = Some(keys.id.clone()));
         Ok(Arc::new(AwsCredential {
             key_id: keys.id.clone(),
             secret_key: keys.secret.expose().to_owned(),

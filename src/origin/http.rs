@@ -68,6 +68,25 @@ pub(super) struct Seen {
     pub for_credentials: bool,
     /// Whether the answer is a listing whose keys are to be made representable.
     pub listing: bool,
+    /// The id of the keys that the request was signed with, where they were lent.
+    pub signed_with: Option<String>,
+}
+
+impl Seen {
+    /// Whether the store said that it is the keys that it does not take.
+    pub fn keys_are_refused(&self) -> bool {
+        matches!(
+            self.code.as_deref(),
+            Some(
+                "ExpiredToken"
+                    | "ExpiredTokenException"
+                    | "TokenRefreshRequired"
+                    | "InvalidAccessKeyId"
+                    | "InvalidToken"
+                    | "SignatureDoesNotMatch"
+            )
+        )
+    }
 }
 
 tokio::task_local! {

@@ -240,6 +240,14 @@ pub(super) async fn observed<T>(
     result.map_err(|error| (error, seen.lock().clone()))
 }
 
+/// An error of ours on its way through the client, which [`Place::error`] takes out again.
+pub(super) fn carried(error: OriginError) -> object_store::Error {
+    object_store::Error::Generic {
+        store: "S3",
+        source: Box::new(error),
+    }
+}
+
 /// Where an error happened.
 pub(super) struct Place<'a> {
     pub store: &'a str,
@@ -249,6 +257,13 @@ pub(super) struct Place<'a> {
 
 impl Place<'_> {
     pub fn error(&self, error: object_store::Error, seen: &Seen) -> OriginError {
+        let error = match error {
+            object_store::Error::Generic { store, source } => match source.downcast::<OriginError>() {
+                Ok(carried) => return *carried,
+                Err(source) => object_store::Error::Generic { store, source },
+            },
+            error => error,
+        };
         let (store, key) = (self.store.to_owned(), self.key.to_owned());
         let transport = transport_kind(&error);
         let code = seen.code.as_deref().unwrap_or_default();

@@ -1,5 +1,8 @@
 //! Files as a store, and what every store refuses. Stores behind HTTP are tested in `tests/`.
 
+use std::ops::Range;
+
+use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 
 use super::*;

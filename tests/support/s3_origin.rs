@@ -87,6 +87,10 @@ struct State {
     next: AtomicU64,
     /// The offsets of ranged GETs, in order.
     ranges: Mutex<Vec<(String, u64, u64)>>,
+    /// The id of the only access key that is taken, and with what error others are refused.
+    keys: Mutex<Option<(String, u16, &'static str)>>,
+    /// Requests refused for their keys.
+    refused: AtomicU64,
     /// (key, size) of every object that came to be, in order; one that is overwritten, again.
     written: Mutex<Vec<(String, u64)>>,
 }
@@ -168,6 +172,16 @@ impl S3Origin {
 
     pub fn always(&self, fault: Option<Fault>) {
         *self.state.always.lock().expect("fault") = fault;
+    }
+
+    /// From now on only requests signed with the key of this id are served; others get this error.
+    pub fn take_only(&self, key: &str, status: u16, code: &'static str) {
+        *self.state.keys.lock().expect("keys") = Some((key.to_owned(), status, code));
+    }
+
+    /// Requests refused for their keys so far.
+    pub fn refused(&self) -> u64 {
+        self.state.refused.load(Relaxed)
     }
 
     pub fn shape(&self, shape: Shape) {
@@ -285,6 +299,17 @@ async fn read_request(stream: &mut BufReader<TcpStream>) -> std::io::Result<Opti
 async fn serve(state: Arc<State>, stream: TcpStream) {
     let mut stream = BufReader::new(stream);
     while let Ok(Some(request)) = read_request(&mut stream).await {
+        let refusal = state.keys.lock().expect("keys").clone().filter(|(key, ..)| {
+            let signature = request.headers.get("authorization");
+            !signature.is_some_and(|text| text.contains(&format!("Credential={key}/")))
+        });
+        if let Some((_, status, code)) = refusal {
+            state.refused.fetch_add(1, Relaxed);
+            if error(&mut stream, status, code).await.is_err() {
+                return;
+            }
+            continue;
+        }
         let kept = match (request.method.as_str(), request.query.contains_key("list-type")) {
             ("GET", true) => list(&state, &mut stream, &request).await,
             ("GET", false) => get(&state, &mut stream, &request).await,

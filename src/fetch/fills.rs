@@ -1,0 +1,208 @@
+//! Blocks on their way to the cache's disk.
+//!
+//! Owns the queue and the threads that write. Readers never wait for the disk: what the queue has no room
+//! for is not cached. Only what nobody waits for (a warm-up, a small file's neighbours) waits for room, so
+//! that it does not fetch what would not be kept.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::Ordering::Relaxed,
+        mpsc::{SyncSender, sync_channel},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::stats::Tally;
+use crate::{
+    block::BlockNo,
+    cache::{CacheError, CachedObject, Purpose},
+};
+
+/// Blocks waiting to be written.
+const QUEUE: usize = 256;
+const THREADS: usize = 2;
+/// A disk that takes nothing for so long is not waited for.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+pub(super) struct Fill {
+    pub object: Arc<CachedObject>,
+    pub block: u64,
+    pub bytes: Bytes,
+    pub purpose: Purpose,
+}
+
+struct Queued {
+    fill: Fill,
+    _room: OwnedSemaphorePermit,
+}
+
+pub(super) struct Fills {
+    queue: SyncSender<Queued>,
+    /// As many permits as the queue has places, so that sending never blocks.
+    room: Arc<Semaphore>,
+    tally: Arc<Tally>,
+}
+
+impl Fills {
+    /// `None`: no thread could be started, and nothing is cached.
+    pub fn start(tally: &Arc<Tally>) -> Option<Self> {
+        Self::writing(tally, |fill| {
+            fill.object.fill(BlockNo(fill.block), &fill.bytes, fill.purpose)
+        })
+    }
+
+    /// The threads end when this, which holds the only sender, is gone.
+    fn writing(
+        tally: &Arc<Tally>,
+        write: impl Fn(&Fill) -> Result<(), CacheError> + Send + Sync + 'static,
+    ) -> Option<Self> {
+        let (queue, fills) = sync_channel::<Queued>(QUEUE);
+        let (fills, write) = (Arc::new(Mutex::new(fills)), Arc::new(write));
+        let started = (0..THREADS).filter(|_| {
+            let (fills, write, tally) = (Arc::clone(&fills), Arc::clone(&write), Arc::clone(tally));
+            let work = move || {
+                loop {
+                    // The lock is the queue's turnstile: held while waiting for work, not while doing it.
+                    let next = fills.lock().recv();
+                    let Ok(queued) = next else { return };
+                    if write(&queued.fill).is_err() {
+                        tally.fills_failed.fetch_add(1, Relaxed);
+                    }
+                }
+            };
+            std::thread::Builder::new()
+                .name("cache-fill".to_owned())
+                .spawn(work)
+                .is_ok()
+        });
+        (started.count() > 0).then(|| Self {
+            queue,
+            room: Arc::new(Semaphore::new(QUEUE)),
+            tally: Arc::clone(tally),
+        })
+    }
+
+    /// Whether the disk keeps up with what arrives.
+    pub fn keep_up(&self) -> bool {
+        self.room.available_permits() >= QUEUE / 2
+    }
+
+    /// Queues the block if there is room at once.
+    pub fn offer(&self, fill: Fill) {
+        match Arc::clone(&self.room).try_acquire_owned() {
+            Ok(room) => self.send(fill, room),
+            Err(_) => self.dropped(),
+        }
+    }
+
+    /// Queues the block as soon as there is room.
+    pub async fn bring(&self, fill: Fill) {
+        let room = Arc::clone(&self.room).acquire_owned();
+        match tokio::time::timeout(PATIENCE, room).await {
+            Ok(Ok(room)) => self.send(fill, room),
+            _ => self.dropped(),
+        }
+    }
+
+    fn send(&self, fill: Fill, room: OwnedSemaphorePermit) {
+        if self.queue.try_send(Queued { fill, _room: room }).is_err() {
+            self.dropped();
+        }
+    }
+
+    fn dropped(&self) {
+        self.tally.fills_dropped.fetch_add(1, Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc, time::Instant};
+
+    use super::*;
+    use crate::cache::{Cache, CacheConfig, ObjectId, VerifyPolicy};
+
+    /// A disk that takes a block only when told to.
+    struct Shim {
+        fills: Fills,
+        tally: Arc<Tally>,
+        take: mpsc::Sender<()>,
+        object: Arc<CachedObject>,
+        _dir: tempfile::TempDir,
+    }
+
+    impl Shim {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let cache = Cache::open(CacheConfig {
+                dir: dir.path().to_owned(),
+                max_bytes: 1 << 30,
+                min_free: 0,
+                verify: VerifyPolicy::EarlierBoot,
+            })
+            .unwrap();
+            let id = ObjectId::derive("team", "store", "key", "content", 1 << 30, None);
+            let tally = Arc::new(Tally::default());
+            let (take, taken) = mpsc::channel();
+            let taken = Mutex::new(taken);
+            let fills = Fills::writing(&tally, move |_| {
+                let _ = taken.lock().recv();
+                Ok(())
+            });
+            Self {
+                fills: fills.unwrap(),
+                tally,
+                take,
+                object: cache.object(id, 1 << 30),
+                _dir: dir,
+            }
+        }
+
+        fn fill(&self, block: u64) -> Fill {
+            Fill {
+                object: Arc::clone(&self.object),
+                block,
+                bytes: Bytes::from_static(b"bytes"),
+                purpose: Purpose::Reader,
+            }
+        }
+
+        fn dropped(&self) -> u64 {
+            self.tally.fills_dropped.load(Relaxed)
+        }
+    }
+
+    #[test]
+    fn a_disk_that_takes_nothing_holds_no_reader_up() {
+        let shim = Shim::new();
+        let began = Instant::now();
+        for block in 0..10_000 {
+            shim.fills.offer(shim.fill(block));
+        }
+        assert!(began.elapsed() < PATIENCE, "offering waited");
+        // What the threads have in hand holds its room, too.
+        assert_eq!(shim.dropped(), 10_000 - QUEUE as u64);
+        assert!(!shim.fills.keep_up());
+    }
+
+    #[tokio::test]
+    async fn what_nobody_waits_for_waits_for_the_disk() {
+        let shim = Shim::new();
+        for block in 0..QUEUE as u64 {
+            shim.fills.bring(shim.fill(block)).await;
+        }
+        let mut more = Box::pin(shim.fills.bring(shim.fill(999)));
+        assert!(
+            futures::FutureExt::now_or_never(more.as_mut()).is_none(),
+            "there was no room"
+        );
+        shim.take.send(()).unwrap();
+        more.await;
+        assert_eq!(shim.dropped(), 0);
+    }
+}
