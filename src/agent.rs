@@ -4,8 +4,11 @@
 //! limits) is its configuration; what concerns a caller (catalog, identity, credentials) comes with
 //! each request. Must not know the command line.
 
+pub mod access;
+pub mod as_caller;
 pub mod client;
 pub mod control;
+mod idle;
 pub mod keeping;
 pub mod launch;
 pub mod mount_point;
@@ -18,7 +21,10 @@ mod warm;
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -26,17 +32,19 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 
 use self::{
+    access::{Access, AccessError, Caller},
+    as_caller::NamespaceId,
     control::{AgentInfo, MountInfo, MountRequest, UnmountOutcome, UnmountRequest, UnmountTarget},
     keeping::{Entry, Keeping},
-    mount_point::{MountPoint, MountPointError},
-    snapshot::{Resolved, Snapshot, SnapshotError},
+    mount_point::{Elsewhere, MountPoint, MountPointError, Prepared, Target},
+    snapshot::{Asking, Resolved, Snapshot, SnapshotError},
 };
 use crate::{
     cache::Cache,
     causes::in_one_line,
     fetch::{FetchError, Fetcher},
-    fs::Owner,
-    fuse::{self, Ended, MountError, MountOptions, Mounted, Operation},
+    fs::Share,
+    fuse::{self, Ended, Leaving, MountError, MountOptions, Mounted, Operation, UnmountError},
     keeper::Held,
     origin::StoreSettings,
     reference::{ParseError, QualifiedName, Reference},
@@ -58,6 +66,8 @@ const AGAIN_DEADLINE: Duration = Duration::from_secs(8);
 pub struct AgentConfig {
     pub cache: CacheConfig,
     pub fetch: FetchConfig,
+    /// Of mounts that say nothing else.
+    pub idle_timeout: Option<Duration>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -77,6 +87,8 @@ pub enum AgentError {
         #[source]
         source: SnapshotError,
     },
+    #[error(transparent)]
+    Access(#[from] AccessError),
     #[error(transparent)]
     MountPoint(#[from] MountPointError),
     #[error("{mount_point} is taken by {by}; name another mount point, for example {offer}")]
@@ -130,9 +142,16 @@ pub enum AgentError {
     Stopping,
 }
 
-/// Unmounts a mount of ours that no agent serves any more; `None` where there is none. Blocking.
-pub fn unmount_orphan(path: &Path, lazy: bool) -> Option<UnmountOutcome> {
-    let ours = |mount: &fuse::MountLine| mount.mount_point == *path && mount.kind == "fuse.grid-mount";
+/// Unmounts a mount of ours that no agent serves any more; `None` where there is none, or none of `owner`'s.
+/// Blocking.
+pub fn unmount_orphan(path: &Path, lazy: bool, owner: Option<u32>) -> Option<UnmountOutcome> {
+    let ours = |mount: &fuse::MountLine| {
+        let owners = |uid| {
+            let of = format!("user_id={uid}");
+            mount.options.split(',').any(|option| option == of)
+        };
+        mount.mount_point == *path && mount.kind == "fuse.grid-mount" && owner.is_none_or(owners)
+    };
     let orphan = fuse::mounts().ok()?.into_iter().rfind(ours)?;
     let error = fuse::unmount_at(path, lazy)
         .err()
@@ -141,15 +160,29 @@ pub fn unmount_orphan(path: &Path, lazy: bool) -> Option<UnmountOutcome> {
         reference: orphan.source.to_str()?.parse().ok()?,
         mount_point: orphan.mount_point,
         error,
+        holds: 0,
     })
 }
 
 /// One mount, served.
 struct Mount {
     info: MountInfo,
+    /// Where an agent of many users put it.
+    elsewhere: Option<Elsewhere>,
+    idle_timeout: Option<Duration>,
+    /// How often it was asked for.
+    holds: AtomicU32,
     mounted: Arc<Mounted>,
     /// Keeps the tree's file in the cache while it is mapped.
     _snapshot: Arc<Snapshot>,
+}
+
+/// Where something is mounted, as this agent tells mount points apart.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Key {
+    /// `None` for a user's own agent, which knows one.
+    namespace: Option<NamespaceId>,
+    path: PathBuf,
 }
 
 enum Slot {
@@ -160,7 +193,7 @@ enum Slot {
 
 #[derive(Default)]
 struct Table {
-    slots: BTreeMap<PathBuf, Slot>,
+    slots: BTreeMap<Key, Slot>,
     /// Requests to mount that are being answered.
     requests: usize,
     stopping: bool,
@@ -170,6 +203,8 @@ pub struct Agent {
     cache: Arc<Cache>,
     cache_config: CacheConfig,
     fetcher: Arc<Fetcher>,
+    pub access: Access,
+    idle_timeout: Mutex<Option<Duration>>,
     table: Mutex<Table>,
     /// Mounts, places held for mounts, and requests under way: an agent on demand ends at 0.
     count: watch::Sender<usize>,
@@ -178,7 +213,7 @@ pub struct Agent {
 
 impl Agent {
     /// Opens the cache; must run within a tokio runtime.
-    pub fn new(config: AgentConfig, keeping: Keeping) -> Result<Arc<Self>, AgentError> {
+    pub fn new(config: AgentConfig, keeping: Keeping, access: Access) -> Result<Arc<Self>, AgentError> {
         let cache = Cache::open(config.cache.clone()).map_err(|source| AgentError::Cache {
             dir: config.cache.dir.clone(),
             source,
@@ -192,46 +227,109 @@ impl Agent {
             cache,
             cache_config: config.cache,
             fetcher,
+            access,
+            idle_timeout: Mutex::new(config.idle_timeout),
             table: Mutex::default(),
             count: watch::Sender::new(0),
             keeping: Arc::new(keeping),
         }))
     }
 
-    /// Mounts what the request names, and returns when the mount answers.
-    pub async fn mount(self: &Arc<Self>, request: MountRequest) -> Result<MountInfo, AgentError> {
+    /// Mounts what the request names for the caller, and returns when the mount answers.
+    pub async fn mount(
+        self: &Arc<Self>,
+        caller: &Arc<Caller>,
+        request: MountRequest,
+    ) -> Result<MountInfo, AgentError> {
         let _under_way = UnderWay::begin(self)?;
         let reference: Reference = request.reference.parse()?;
         let failed = |source| AgentError::Snapshot {
             requested: request.reference.clone(),
             source,
         };
-        let resolved = Resolved::new(
-            &reference,
-            &request.catalog,
-            &request.user,
-            &request.store_settings,
-        )
-        .await
-        .map_err(failed)?;
-        let place = match self.reserve(&request.mount_point, &resolved)? {
+        let asking = Asking {
+            access: &self.access,
+            caller,
+            settings: &request.store_settings,
+        };
+        let resolved = Resolved::new(&reference, &request.catalog, &request.user, asking)
+            .await
+            .map_err(failed)?;
+        let place = match self.access.serves_everybody() {
+            false => self.reserve(
+                request_key(&request.mount_point),
+                &request.mount_point,
+                caller,
+                &resolved,
+            )?,
+            true => self.reserve_as(caller, &request.mount_point, &resolved).await?,
+        };
+        let place = match place {
             Place::Ours(reserved) => reserved,
             Place::AlreadyThere(info) => return Ok(*info),
         };
         let snapshot = resolved.fetch_tree(&self.cache).await.map_err(failed)?;
-        let agent = Arc::clone(self);
+        let (agent, caller) = (Arc::clone(self), Arc::clone(caller));
         // Mounting waits for the kernel and perhaps for fusermount3.
         let handle = tokio::runtime::Handle::current();
-        let made = tokio::task::spawn_blocking(move || agent.make_mount(&request, snapshot, place, handle));
+        let made =
+            tokio::task::spawn_blocking(move || agent.make_mount(&caller, &request, snapshot, place, handle));
         match made.await {
             Ok(result) => result,
             Err(panic) => std::panic::resume_unwind(panic.into_panic()),
         }
     }
 
-    fn reserve(self: &Arc<Self>, path: &Path, resolved: &Resolved) -> Result<Place, AgentError> {
-        // The same directory by another name is found by its canonical path.
-        let key = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    /// Opens or makes the caller's directory as the caller would, before it is anybody's: a path that the
+    /// caller could not use is no reason to refuse it to somebody else.
+    async fn reserve_as(
+        self: &Arc<Self>,
+        caller: &Arc<Caller>,
+        path: &Path,
+        resolved: &Resolved,
+    ) -> Result<Place, AgentError> {
+        let unseen = |source| MountPointError::AsCaller {
+            path: path.to_owned(),
+            source,
+        };
+        let view = caller.view().map_err(unseen)?;
+        let of_caller = |mount: &Arc<Mount>| {
+            let there = mount.elsewhere.as_ref().map(|elsewhere| elsewhere.namespace);
+            mount.info.mount_point == path && there == Some(view.id()) && mount.info.owner == caller.uid()
+        };
+        let there = self.find(of_caller);
+        if let Some((key, _)) = there {
+            return self.reserve(key, path, caller, resolved);
+        }
+        let wanted = path.to_owned();
+        let prepared = stored::blocking(move || Prepared::new(&view, &wanted)).await?;
+        let key = Key {
+            namespace: Some(prepared.namespace()),
+            path: prepared.place().to_owned(),
+        };
+        let mut place = self.reserve(key, path, caller, resolved);
+        match &mut place {
+            Ok(Place::Ours(reserved)) => reserved.prepared = Some(prepared),
+            _ => put_back(prepared),
+        }
+        place
+    }
+
+    fn find(&self, wanted: impl Fn(&Arc<Mount>) -> bool) -> Option<(Key, Arc<Mount>)> {
+        let table = self.table.lock();
+        table.slots.iter().find_map(|(key, slot)| {
+            let mount = slot.serving().filter(|mount| wanted(mount))?;
+            Some((key.clone(), Arc::clone(mount)))
+        })
+    }
+
+    fn reserve(
+        self: &Arc<Self>,
+        key: Key,
+        path: &Path,
+        caller: &Caller,
+        resolved: &Resolved,
+    ) -> Result<Place, AgentError> {
         let mut table = self.table.lock();
         match table.slots.get(&key) {
             Some(Slot::Pending) => Err(AgentError::Pending {
@@ -239,20 +337,25 @@ impl Agent {
             }),
             Some(Slot::Serving(mount)) => {
                 let pinned = resolved.reference();
-                if mount.info.reference == pinned && mount.info.catalog == resolved.catalog_url {
+                let theirs = !self.access.serves_everybody() || mount.info.owner == caller.uid();
+                if theirs && mount.info.reference == pinned && mount.info.catalog == resolved.catalog_url {
+                    mount.holds.fetch_add(1, Ordering::Relaxed);
                     let info = MountInfo {
                         already_mounted: true,
                         ..mount.current_info()
                     };
                     return Ok(Place::AlreadyThere(Box::new(info)));
                 }
-                let offer = key.with_file_name(format!(
+                let offer = key.path.with_file_name(format!(
                     "{}-{}-{}",
                     pinned.name.owner, pinned.name.datastore, pinned.version
                 ));
                 Err(AgentError::Taken {
                     mount_point: path.to_owned(),
-                    by: mount.info.reference.to_string(),
+                    by: match self.access.may_see(caller, mount.info.owner) {
+                        true => mount.info.reference.to_string(),
+                        false => "another user".to_owned(),
+                    },
                     offer,
                 })
             }
@@ -262,6 +365,7 @@ impl Agent {
                 Ok(Place::Ours(Reserved {
                     agent: Arc::clone(self),
                     key,
+                    prepared: None,
                 }))
             }
         }
@@ -269,43 +373,67 @@ impl Agent {
 
     fn make_mount(
         self: Arc<Self>,
+        caller: &Caller,
         request: &MountRequest,
         snapshot: Snapshot,
-        reserved: Reserved,
+        mut reserved: Reserved,
         handle: tokio::runtime::Handle,
     ) -> Result<MountInfo, AgentError> {
-        let point = MountPoint::prepare(&request.mount_point)?;
-        let snapshot = Arc::new(snapshot);
-        let owner = Owner {
-            uid: nix::unistd::geteuid().as_raw(),
-            gid: nix::unistd::getegid().as_raw(),
+        let (point, target) = match reserved.prepared.take() {
+            None => (MountPoint::prepare(&request.mount_point)?, None),
+            Some(prepared) => {
+                let (point, target) = prepared.ready();
+                (point, Some(target))
+            }
         };
+        let snapshot = Arc::new(snapshot);
+        let owner = caller.owner();
         let reference = snapshot.resolved.reference();
         let mut entry = self.keeping.begin(request, &point, &snapshot.resolved);
         let mut options = MountOptions::new(point.path(), reference.to_string(), owner);
         options.io_mode = request.io_mode;
+        options.share = request.share != Share::None;
         options.open_table = entry.as_ref().and_then(Entry::open_table);
-        let mounted = fuse::mount(
-            snapshot.file_system(&self.fetcher, owner, request.prefetch, &handle),
-            options,
-            &handle,
-        )
-        .map_err(|source| AgentError::Mount {
+        let fs = snapshot.file_system(&self.fetcher, (owner, request.share), request.prefetch, &handle);
+        let mounted = match target {
+            None => fuse::mount(fs, options, &handle),
+            Some(target) => {
+                let attach = |mount: std::os::fd::BorrowedFd<'_>| Target::attach(&target, mount);
+                fuse::mount_attached_by(fs, options, &handle, attach)
+            }
+        };
+        let mounted = mounted.map_err(|source| AgentError::Mount {
             requested: request.reference.clone(),
             mount_point: point.path().to_owned(),
             source,
         })?;
         if let Some(entry) = &mut entry {
-            entry.made(&mounted, &snapshot.resolved.settings);
+            let kept = request.store_settings.with_lent(&snapshot.resolved.lent);
+            entry.made(&mounted, &kept);
         }
-        tracing::info!(%reference, mount_point = %point.path().display(), "mounted");
+        tracing::info!(%reference, mount_point = %point.path().display(), uid = owner.uid, "mounted");
         let since = entry
             .as_ref()
             .map_or_else(jiff::Timestamp::now, |entry| entry.remembered.since);
-        let mount = Mount::new(request, since, mounted, snapshot);
+        let mount = self.mount_of(request, since, mounted, snapshot, &point);
         let info = mount.current_info();
         reserved.serve(mount, point, entry, &handle);
         Ok(info)
+    }
+
+    fn mount_of(
+        &self,
+        request: &MountRequest,
+        since: jiff::Timestamp,
+        mounted: Mounted,
+        snapshot: Arc<Snapshot>,
+        point: &MountPoint,
+    ) -> Arc<Mount> {
+        let idle_timeout = match request.idle_timeout {
+            None => *self.idle_timeout.lock(),
+            Some(seconds) => Some(Duration::from_secs(seconds)).filter(|time| !time.is_zero()),
+        };
+        Mount::new(request, since, mounted, snapshot, point, idle_timeout)
     }
 
     /// Goes on with the mounts of agents before this one: with those whose descriptor is `held` as if
@@ -351,22 +479,32 @@ impl Agent {
         let state = remembered.state.clone().ok_or("it was never made")?;
         let mut request = remembered.request.clone();
         request.store_settings = settings;
-        let resolved = Resolved::again(
-            remembered.record.clone(),
-            &request.catalog,
-            remembered.tree_store.as_ref(),
-            &request.store_settings,
-        )
-        .await?;
+        let caller = match &remembered.elsewhere {
+            None => Caller::this_process(),
+            Some(elsewhere) => Caller::remembered(elsewhere.identity.clone()),
+        };
+        let asking = Asking {
+            access: &self.access,
+            caller: &caller,
+            settings: &request.store_settings,
+        };
+        let store = remembered.tree_store.as_ref();
+        let resolved = Resolved::again(remembered.record.clone(), &request.catalog, store, asking).await?;
         let snapshot = tokio::time::timeout(RESUME_DEADLINE, resolved.fetch_tree(&self.cache)).await??;
         let snapshot = Arc::new(snapshot);
         let agent = Arc::clone(self);
         let handle = tokio::runtime::Handle::current();
         let resuming = move || {
             let remembered = &entry.remembered;
-            let point = MountPoint::inherited(remembered.mount_point.clone(), remembered.created.clone());
+            let point = MountPoint::inherited(remembered.mount_point.clone(), remembered.created.clone())
+                .at(remembered.elsewhere.clone());
             let known = (state.handshake.clone(), state.device, state.way);
-            let fs = snapshot.file_system(&agent.fetcher, state.owner, request.prefetch, &handle);
+            let fs = snapshot.file_system(
+                &agent.fetcher,
+                (state.owner, request.share),
+                request.prefetch,
+                &handle,
+            );
             let mounted = match fuse::resume(fs, state.options(), held.descriptor, known, &handle) {
                 Ok(mounted) => mounted,
                 Err(error) => {
@@ -376,11 +514,21 @@ impl Agent {
                 }
             };
             let since = remembered.since;
-            let mount = Mount::new(&request, since, mounted, snapshot);
+            let mount = agent.mount_of(&request, since, mounted, snapshot, &point);
             tracing::info!(reference = %mount.info.reference, mount_point = %point.path().display(), "resumed");
             let reserved = Reserved {
                 agent,
-                key: point.path().to_owned(),
+                key: match point.elsewhere() {
+                    None => Key {
+                        namespace: None,
+                        path: point.path().to_owned(),
+                    },
+                    Some(elsewhere) => Key {
+                        namespace: Some(elsewhere.namespace),
+                        path: elsewhere.place.clone(),
+                    },
+                },
+                prepared: None,
             };
             reserved.serve(mount, point, Some(entry), &handle);
             Ok(())
@@ -401,7 +549,11 @@ impl Agent {
         request.mount_point = remembered.mount_point;
         request.store_settings = settings.clone();
         let shown = request.mount_point.display().to_string();
-        match tokio::time::timeout(AGAIN_DEADLINE, self.mount(request)).await {
+        let caller = match remembered.elsewhere {
+            None => Caller::this_process(),
+            Some(elsewhere) => Caller::remembered(elsewhere.identity),
+        };
+        match tokio::time::timeout(AGAIN_DEADLINE, self.mount(&caller, request)).await {
             Ok(Ok(_)) => {}
             Ok(Err(error)) => {
                 let error = in_one_line(&error);
@@ -411,21 +563,34 @@ impl Agent {
         }
     }
 
+    /// Whether another mount's path leads through what was created for this one: in another namespace it
+    /// may be the same directory, and removing that would unmount what lies on it there.
+    fn lies_below_another(&self, key: &Key, created: &[PathBuf]) -> bool {
+        let Some(outermost) = created.first() else {
+            return false;
+        };
+        let table = self.table.lock();
+        let mut others = table.slots.keys().filter(|other| *other != key);
+        others.any(|other| other.namespace != key.namespace && other.path.starts_with(outermost))
+    }
+
     fn recount(&self, table: &Table) {
         self.count.send_replace(table.slots.len() + table.requests);
     }
 
-    pub fn mounts(&self) -> Vec<MountInfo> {
+    /// What the caller may see.
+    pub fn mounts(&self, caller: &Caller) -> Vec<MountInfo> {
         let table = self.table.lock();
         table
             .slots
             .values()
             .filter_map(Slot::serving)
+            .filter(|mount| self.access.may_see(caller, mount.info.owner))
             .map(|mount| mount.current_info())
             .collect()
     }
 
-    pub fn info(&self) -> AgentInfo {
+    pub fn info(&self, caller: &Caller) -> AgentInfo {
         let cache = self.cache.stats();
         let fetch = self.fetcher.stats();
         AgentInfo {
@@ -439,29 +604,45 @@ impl Agent {
             bytes_from_origin: fetch.origin_bytes,
             origin_requests: fetch.gets,
             retries: fetch.retries,
-            last_error: fetch.last_error,
+            // It names a key, of whomever's data.
+            last_error: fetch.last_error.filter(|_| self.access.is_administrator(caller)),
         }
     }
 
-    pub async fn unmount(&self, request: UnmountRequest) -> Result<Vec<UnmountOutcome>, AgentError> {
-        let chosen = match (self.choose(&request.target), &request.target) {
+    pub async fn unmount(
+        &self,
+        caller: &Caller,
+        request: UnmountRequest,
+    ) -> Result<Vec<UnmountOutcome>, AgentError> {
+        let chosen = match (self.choose(caller, &request.target), &request.target) {
             (Err(error @ AgentError::NotMounted { .. }), UnmountTarget::MountPoint(path)) => {
-                return unmount_orphan(path, request.lazy)
+                let owner = Some(caller.uid()).filter(|_| !self.access.is_administrator(caller));
+                let (path, lazy) = (path.clone(), request.lazy);
+                return stored::blocking(move || unmount_orphan(&path, lazy, owner))
+                    .await
                     .map(|outcome| vec![outcome])
                     .ok_or(error);
             }
             (chosen, _) => chosen?,
         };
+        let all = matches!(request.target, UnmountTarget::All);
         let mut outcomes = Vec::with_capacity(chosen.len());
         for mount in chosen {
-            outcomes.push(self.unmount_one(&mount, request.lazy).await);
+            let left = if all { 0 } else { mount.let_go() };
+            outcomes.push(match left {
+                0 => self.unmount_one(&mount, request.lazy).await,
+                holds => UnmountOutcome {
+                    holds,
+                    ..mount.outcome(None)
+                },
+            });
         }
         Ok(outcomes)
     }
 
     async fn unmount_one(&self, mount: &Arc<Mount>, lazy: bool) -> UnmountOutcome {
-        let mounted = Arc::clone(&mount.mounted);
-        let error = match tokio::task::spawn_blocking(move || mounted.unmount(lazy)).await {
+        let leaving = Arc::clone(mount);
+        let error = match tokio::task::spawn_blocking(move || leaving.leave(lazy)).await {
             Ok(Ok(())) => {
                 // A lazily detached session ends when its last user goes: nothing to wait for.
                 if lazy {
@@ -470,14 +651,10 @@ impl Agent {
                     self.wait_until_gone(mount).await
                 }
             }
-            Ok(Err(error)) => Some(in_one_line(&error)),
+            Ok(Err(error)) => Some(in_one_line(&*error)),
             Err(error) => Some(error.to_string()),
         };
-        UnmountOutcome {
-            reference: mount.info.reference.clone(),
-            mount_point: mount.info.mount_point.clone(),
-            error,
-        }
+        mount.outcome(error)
     }
 
     async fn wait_until_gone(&self, mount: &Arc<Mount>) -> Option<String> {
@@ -508,22 +685,38 @@ impl Agent {
             })
     }
 
-    fn choose(&self, target: &UnmountTarget) -> Result<Vec<Arc<Mount>>, AgentError> {
+    fn choose(&self, caller: &Caller, target: &UnmountTarget) -> Result<Vec<Arc<Mount>>, AgentError> {
         let mounts: Vec<Arc<Mount>> = self
             .table
             .lock()
             .slots
             .values()
             .filter_map(Slot::serving)
+            .filter(|mount| self.access.may_see(caller, mount.info.owner))
             .cloned()
             .collect();
         let chosen: Vec<Arc<Mount>> = match target {
             UnmountTarget::All => return Ok(mounts),
-            UnmountTarget::MountPoint(path) => mounts
-                .iter()
-                .filter(|mount| mount.info.mount_point == *path)
-                .cloned()
-                .collect(),
+            UnmountTarget::MountPoint(path) => {
+                let mut there: Vec<_> = mounts
+                    .iter()
+                    .filter(|mount| mount.info.mount_point == *path)
+                    .cloned()
+                    .collect();
+                // A path means what the caller sees, where that is one of them.
+                if there.len() > 1
+                    && let Ok(view) = caller.view()
+                {
+                    let seen = |mount: &Arc<Mount>| {
+                        let elsewhere = mount.elsewhere.as_ref();
+                        elsewhere.is_some_and(|elsewhere| elsewhere.namespace == view.id())
+                    };
+                    if there.iter().any(seen) {
+                        there.retain(seen);
+                    }
+                }
+                there
+            }
             UnmountTarget::Reference { reference, user } => {
                 let reference: Reference = reference.parse()?;
                 let name = QualifiedName {
@@ -605,6 +798,8 @@ impl Mount {
         since: jiff::Timestamp,
         mounted: Mounted,
         snapshot: Arc<Snapshot>,
+        point: &MountPoint,
+        idle_timeout: Option<Duration>,
     ) -> Arc<Self> {
         let resolved = &snapshot.resolved;
         let info = MountInfo {
@@ -618,10 +813,17 @@ impl Mount {
             io_mode: mounted.io_mode().mode.to_string(),
             io_mode_reason: mounted.io_mode().reason.clone(),
             requests: BTreeMap::new(),
+            owner: mounted.options().owner.uid,
+            share: request.share,
+            idle_timeout: idle_timeout.map(|time| time.as_secs()),
+            holds: 1,
             already_mounted: false,
         };
         Arc::new(Self {
             info,
+            elsewhere: point.elsewhere().cloned(),
+            idle_timeout,
+            holds: AtomicU32::new(1),
             mounted: Arc::new(mounted),
             _snapshot: snapshot,
         })
@@ -636,7 +838,52 @@ impl Mount {
             .collect();
         MountInfo {
             requests,
+            holds: self.holds.load(Ordering::Relaxed),
             ..self.info.clone()
+        }
+    }
+
+    /// One who asked for it wants it no more. For how many others it stays: for none, unless it goes by
+    /// itself when they forget it.
+    fn let_go(&self) -> u32 {
+        if self.idle_timeout.is_none() {
+            return 0;
+        }
+        let fewer = |holds: u32| holds.checked_sub(1).filter(|left| *left > 0);
+        match self
+            .holds
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, fewer)
+        {
+            Ok(before) => before - 1,
+            Err(_) => 0,
+        }
+    }
+
+    fn outcome(&self, error: Option<String>) -> UnmountOutcome {
+        UnmountOutcome {
+            reference: self.info.reference.clone(),
+            mount_point: self.info.mount_point.clone(),
+            error,
+            holds: 0,
+        }
+    }
+
+    /// Blocking.
+    fn leave(&self, lazy: bool) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let Some(elsewhere) = &self.elsewhere else {
+            return Ok(self.mounted.unmount(lazy)?);
+        };
+        let leaving = match lazy {
+            true => Leaving::Detached,
+            false => Leaving::Unused,
+        };
+        match elsewhere.unmount(self.mounted.device(), leaving) {
+            Ok(_) => Ok(()),
+            Err(mount_point::LeaveError::Busy) => Err(Box::new(UnmountError::Busy {
+                path: self.info.mount_point.clone(),
+                holders: self.mounted.holders(),
+            })),
+            Err(error) => Err(Box::new(error)),
         }
     }
 
@@ -673,7 +920,17 @@ enum Place {
 /// A place in the table, given back unless a mount takes it.
 struct Reserved {
     agent: Arc<Agent>,
-    key: PathBuf,
+    key: Key,
+    /// The caller's directory, where an agent of many users opened it.
+    prepared: Option<Prepared>,
+}
+
+/// The same directory by another name is found by its canonical path.
+fn request_key(path: &Path) -> Key {
+    Key {
+        namespace: None,
+        path: std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned()),
+    }
 }
 
 impl Reserved {
@@ -686,6 +943,9 @@ impl Reserved {
         runtime: &tokio::runtime::Handle,
     ) {
         let served = Arc::clone(&mount.mounted);
+        if let Some(timeout) = mount.idle_timeout {
+            runtime.spawn(idle::watch(Arc::clone(&mount), timeout));
+        }
         {
             let mut table = self.agent.table.lock();
             table.slots.insert(self.key.clone(), Slot::Serving(mount));
@@ -697,16 +957,32 @@ impl Reserved {
                 Ended::Failed(error) => tracing::error!(mount_point = %shown, error, "the session failed"),
                 _ => tracing::info!(mount_point = %shown, "unmounted"),
             }
-            drop(point);
-            // Asks the keeper, which takes a moment.
-            let _ = tokio::task::spawn_blocking(move || drop(entry)).await;
+            let shared = self.agent.lies_below_another(&self.key, point.created());
+            // Asks the keeper, and the caller's file system: both take a moment.
+            let _ = tokio::task::spawn_blocking(move || {
+                if shared {
+                    point.leave();
+                }
+                drop(entry);
+            })
+            .await;
             drop(self);
         });
     }
 }
 
+/// Removes what was made, off the runtime's threads.
+fn put_back(prepared: Prepared) {
+    if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+        runtime.spawn_blocking(move || drop(prepared));
+    }
+}
+
 impl Drop for Reserved {
     fn drop(&mut self) {
+        if let Some(prepared) = self.prepared.take() {
+            put_back(prepared);
+        }
         let mut table = self.agent.table.lock();
         table.slots.remove(&self.key);
         self.agent.recount(&table);

@@ -136,8 +136,8 @@ pub struct Reading {
     pub objects: Store,
     /// The keys that are lent for it, where they are.
     pub loans: Vec<Arc<Borrowed>>,
-    /// What the objects' store was opened with: for whoever goes on with the mount.
-    pub settings: StoreSettings,
+    /// The objects' keys and what came with them, as they are now: for whoever goes on with the mount.
+    pub lent: StoreSettings,
 }
 
 #[async_trait]
@@ -177,7 +177,7 @@ pub trait Catalog: Send + Sync {
             trees: self.store().clone(),
             objects,
             loans: Vec::new(),
-            settings: settings.clone(),
+            lent: StoreSettings::default(),
         })
     }
 

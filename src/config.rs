@@ -4,6 +4,7 @@
 //! read the process's environment: both come in as plain values, so that all of it is a pure function.
 
 mod file;
+mod shared_agent;
 
 use std::{
     collections::BTreeMap,
@@ -16,6 +17,7 @@ use std::{
 use serde::Serialize;
 
 use self::file::FileSettings;
+pub use self::shared_agent::SharedAgent;
 use crate::{
     bytesize::{ByteSize, ByteSizeError},
     origin::{OriginError, StoreUrl},
@@ -27,7 +29,7 @@ pub const HOST_FILE: &str = "/etc/grid-mount/config.toml";
 
 /// Every setting, as named in files. `GRID_MOUNT_` and the upper-case name is the environment's name,
 /// `--` and the name with hyphens the flag's.
-pub const KEYS: [&str; 9] = [
+pub const KEYS: [&str; 12] = [
     "catalog",
     "user",
     "cache_dir",
@@ -37,6 +39,9 @@ pub const KEYS: [&str; 9] = [
     "connections",
     "read_deadline",
     "prefetch",
+    "idle_timeout",
+    "log_format",
+    "log_level",
 ];
 
 #[derive(Debug, thiserror::Error)]
@@ -153,6 +158,117 @@ pub struct Settings {
     pub read_deadline: Sourced<Duration>,
     /// What a mount fetches on its own account.
     pub prefetch: Sourced<PrefetchPolicy>,
+    /// A mount that nobody used for so long goes.
+    pub idle_timeout: Sourced<IdleTimeout>,
+    pub log_format: Sourced<LogFormat>,
+    pub log_level: Sourced<LogLevel>,
+    /// From the host's file alone.
+    pub shared_agent: SharedAgent,
+}
+
+/// How long a mount may go unused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IdleTimeout(pub Option<Duration>);
+
+impl FromStr for IdleTimeout {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let text = text.trim();
+        if text == "never" {
+            return Ok(Self(None));
+        }
+        let digits = text.trim_end_matches(|unit: char| unit.is_ascii_alphabetic());
+        let unit = match &text[digits.len()..] {
+            "" | "s" => 1,
+            "m" => 60,
+            "h" => 3600,
+            "d" => 86_400,
+            _ => 0,
+        };
+        match digits
+            .parse::<u64>()
+            .ok()
+            .and_then(|number| number.checked_mul(unit))
+        {
+            Some(seconds @ 1..=31_536_000) => Ok(Self(Some(Duration::from_secs(seconds)))),
+            _ => Err(format!("{text:?} is not a time: write 90s, 10m, 2h, 1d or never")),
+        }
+    }
+}
+
+impl fmt::Display for IdleTimeout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            None => f.write_str("never"),
+            Some(time) => write!(f, "{}s", time.as_secs()),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    Text,
+    /// One object a line.
+    Json,
+}
+
+impl FromStr for LogFormat {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.trim() {
+            "text" => Ok(Self::Text),
+            "json" => Ok(Self::Json),
+            other => Err(format!("{other:?} is not a form of the log: write text or json")),
+        }
+    }
+}
+
+impl fmt::Display for LogFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Text => "text",
+            Self::Json => "json",
+        })
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+impl LogLevel {
+    const ALL: [(Self, &str); 5] = [
+        (Self::Error, "error"),
+        (Self::Warn, "warn"),
+        (Self::Info, "info"),
+        (Self::Debug, "debug"),
+        (Self::Trace, "trace"),
+    ];
+}
+
+impl FromStr for LogLevel {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let found = Self::ALL.iter().find(|(_, name)| *name == text.trim());
+        found
+            .map(|(level, _)| *level)
+            .ok_or_else(|| format!("{text:?} is not a level: write error, warn, info, debug or trace"))
+    }
+}
+
+impl fmt::Display for LogLevel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = Self::ALL.iter().find(|(level, _)| level == self);
+        f.write_str(name.map_or("info", |(_, name)| name))
+    }
 }
 
 /// One line of `grid-mount config`.
@@ -279,8 +395,20 @@ impl Settings {
             .clone()
             .unwrap_or_else(|| PathBuf::from(HOST_FILE));
         let mut files = Vec::new();
-        for path in inputs.user_file().into_iter().chain([host_file]) {
-            files.extend(FileSettings::read(&path)?);
+        let mut shared_agent = SharedAgent::default();
+        for path in inputs.user_file().into_iter().chain([host_file.clone()]) {
+            let Some(mut file) = FileSettings::read(&path)? else {
+                continue;
+            };
+            match file.shared_agent.take() {
+                Some((table, _)) if path == host_file => shared_agent = table,
+                Some((_, line)) => {
+                    let message = format!("[agent] belongs into the host's file, {HOST_FILE}");
+                    return Err(ConfigError::File { path, line, message });
+                }
+                None => {}
+            }
+            files.push(file);
         }
         let layers = Layers { inputs, files };
         let home = |found: Option<PathBuf>| found.ok_or(ConfigError::NoHome);
@@ -312,6 +440,10 @@ impl Settings {
             connections: layers.get("connections", connections, || Ok(64))?,
             read_deadline: layers.get("read_deadline", seconds, || Ok(Duration::from_secs(60)))?,
             prefetch: layers.get("prefetch", str::parse, || Ok(PrefetchPolicy::Auto))?,
+            idle_timeout: layers.get("idle_timeout", str::parse, || Ok(IdleTimeout(None)))?,
+            log_format: layers.get("log_format", str::parse, || Ok(LogFormat::Text))?,
+            log_level: layers.get("log_level", str::parse, || Ok(LogLevel::Info))?,
+            shared_agent,
         })
     }
 
@@ -342,6 +474,9 @@ impl Settings {
             line("connections", &self.connections),
             line("read_deadline", &read_deadline),
             line("prefetch", &self.prefetch),
+            line("idle_timeout", &self.idle_timeout),
+            line("log_format", &self.log_format),
+            line("log_level", &self.log_level),
         ]
     }
 }

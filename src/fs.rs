@@ -43,6 +43,30 @@ pub struct Owner {
     pub gid: u32,
 }
 
+/// Who else may read a mount.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Share {
+    /// Nobody: not even root.
+    #[default]
+    None,
+    /// The owner's group.
+    Group,
+    All,
+}
+
+impl Share {
+    /// What the owner may read, those may whom it is shared with, and nobody else; nobody may write.
+    fn mode(self, mode: u16) -> u16 {
+        let owner = mode & 0o500;
+        match self {
+            Self::None => mode,
+            Self::Group => owner | owner >> 3,
+            Self::All => owner | owner >> 3 | owner >> 6,
+        }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Directory,
@@ -128,11 +152,21 @@ pub enum FsError {
 pub struct GridFs {
     snapshot: Snapshot,
     owner: Owner,
+    share: Share,
 }
 
 impl GridFs {
     pub fn new(snapshot: Snapshot, owner: Owner) -> Self {
-        Self { snapshot, owner }
+        Self {
+            snapshot,
+            owner,
+            share: Share::None,
+        }
+    }
+
+    /// With modes for whom it is shared with.
+    pub fn shared(self, share: Share) -> Self {
+        Self { share, ..self }
     }
 
     pub fn reference(&self) -> &str {
@@ -198,7 +232,7 @@ impl GridFs {
         Attributes {
             ino: Ino(u64::from(entry.row.0) + 1),
             kind,
-            mode: entry.mode,
+            mode: self.share.mode(entry.mode),
             size,
             blocks: if kind == Kind::Symlink {
                 0

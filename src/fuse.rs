@@ -33,7 +33,8 @@ mod server;
 pub use counters::{Counters, Operation};
 pub use holders::Holder;
 pub use io_mode::{ChosenIoMode, IoMode, IoModeWish};
-pub use mountinfo::{DeviceNo, MountLine, mounts};
+pub use mountinfo::{DeviceNo, MountLine, mounts, mounts_of};
+pub use mounting::{Leaving, attach_on, unmount_beside};
 use server::{Opens, Server};
 
 /// What `df` and `mount` show as the type: `fuse.grid-mount`.
@@ -450,6 +451,11 @@ impl Mounted {
             Ok(end) => end.clone().unwrap_or(Ended::Unmounted),
             Err(_) => Ended::Failed("the session's thread panicked".into()),
         }
+    }
+
+    /// Who keeps it busy.
+    pub fn holders(&self) -> Vec<Holder> {
+        holders::holders(self.mount_point(), Some(self.device))
     }
 
     pub fn has_ended(&self) -> bool {

@@ -245,7 +245,8 @@ fn what_the_mount_commands_print() {
     );
     drop(held);
     let done = unmount.take(&sandbox.ok(&["unmount", "data", "--json"]));
-    let expected = serde_json::json!([{ "reference": "alice:data/1", "mount_point": point, "error": null }]);
+    let expected =
+        serde_json::json!([{ "reference": "alice:data/1", "mount_point": point, "error": null, "holds": 0 }]);
     assert_eq!(done, expected);
     assert_eq!(
         unmount.take(&sandbox.ok(&["unmount", "--all", "--json"])),

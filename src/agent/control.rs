@@ -18,7 +18,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-pub use crate::{fuse::IoModeWish, prefetch_policy::PrefetchPolicy};
+pub use crate::{fs::Share, fuse::IoModeWish, prefetch_policy::PrefetchPolicy};
 use crate::{
     origin::{StoreSettings, StoreUrl},
     reference::{PinnedReference, UserName},
@@ -59,6 +59,12 @@ pub struct MountRequest {
     pub io_mode: IoModeWish,
     #[serde(default)]
     pub prefetch: PrefetchPolicy,
+    /// Who else may read it.
+    #[serde(default)]
+    pub share: Share,
+    /// Unmount it when nobody used it for so many seconds; without it, the agent's own default. 0: never.
+    #[serde(default)]
+    pub idle_timeout: Option<u64>,
 }
 
 // A request carries credentials: no derived Debug.
@@ -92,6 +98,17 @@ pub struct MountInfo {
     pub io_mode_reason: String,
     /// Requests that the kernel has sent, by operation; operations never asked for are left out.
     pub requests: BTreeMap<String, u64>,
+    /// The uid of the user whose mount it is.
+    #[serde(default)]
+    pub owner: u32,
+    #[serde(default)]
+    pub share: Share,
+    /// Seconds without use after which it goes.
+    #[serde(default)]
+    pub idle_timeout: Option<u64>,
+    /// How often it was asked for: as often it has to be unmounted, if it goes by itself when unused.
+    #[serde(default)]
+    pub holds: u32,
     /// The mount was already there and is the one asked for.
     #[serde(default)]
     pub already_mounted: bool,
@@ -123,6 +140,9 @@ pub struct UnmountOutcome {
     pub mount_point: PathBuf,
     /// Why it is still mounted, when it is.
     pub error: Option<String>,
+    /// For how many others it stays mounted.
+    #[serde(default)]
+    pub holds: u32,
 }
 
 /// A version, and the caller's part of asking for it.

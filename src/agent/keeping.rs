@@ -14,7 +14,11 @@ use std::{
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::{control::MountRequest, mount_point::MountPoint, snapshot::Resolved};
+use super::{
+    control::MountRequest,
+    mount_point::{Elsewhere, MountPoint},
+    snapshot::Resolved,
+};
 use crate::{
     catalog::Record,
     fuse::{self, Mounted, SUBTYPE},
@@ -40,6 +44,9 @@ pub struct Remembered {
     /// Where its tree lies: a control plane that is down need not be asked.
     #[serde(default)]
     pub tree_store: Option<StoreUrl>,
+    /// Whose it is and where, of an agent of many users.
+    #[serde(default)]
+    pub elsewhere: Option<Elsewhere>,
     /// Absent while the mount is being made.
     #[serde(default)]
     pub state: Option<MountState>,
@@ -88,6 +95,7 @@ impl Keeping {
                 since: jiff::Timestamp::now(),
                 record: resolved.record.clone(),
                 tree_store: Some(resolved.tree_store().url().clone()),
+                elsewhere: point.elsewhere().cloned(),
                 state: None,
             },
             keeping: Arc::clone(self),
@@ -282,10 +290,8 @@ impl Entry {
             }
         }
         if dead || !there {
-            drop(MountPoint::inherited(
-                point.clone(),
-                self.remembered.created.clone(),
-            ));
+            let made = MountPoint::inherited(point.clone(), self.remembered.created.clone());
+            drop(made.at(self.remembered.elsewhere.clone()));
         }
         dead
     }

@@ -32,6 +32,8 @@ pub enum LaunchError {
         "{dir} cannot be used for the agent's socket: {reason}; set XDG_RUNTIME_DIR to a directory of your own"
     )]
     RuntimeDir { dir: PathBuf, reason: String },
+    #[error("{dir} is no place for a socket that every user connects to: {reason}")]
+    SharedDir { dir: PathBuf, reason: String },
     #[error("{path} cannot be opened")]
     Open {
         path: PathBuf,
@@ -93,6 +95,41 @@ impl RuntimeDir {
     pub fn log(&self) -> PathBuf {
         self.dir.join("agent.log")
     }
+}
+
+/// Makes the directory of a socket that everybody may connect to, where it is missing.
+///
+/// # Errors
+/// Where others could put another socket in its place: all above it must be root's, and writable by others
+/// only if sticky.
+pub fn shared_dir(socket: &Path) -> Result<(), LaunchError> {
+    let dir = socket.parent().unwrap_or(Path::new("/"));
+    let refuse = |dir: &Path, reason: String| LaunchError::SharedDir {
+        dir: dir.to_owned(),
+        reason,
+    };
+    if !socket.is_absolute() {
+        return Err(refuse(dir, "it is not an absolute path".into()));
+    }
+    match DirBuilder::new().mode(0o755).create(dir) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(refuse(dir, error.to_string())),
+    }
+    let real = fs::canonicalize(dir).map_err(|error| refuse(dir, error.to_string()))?;
+    for above in real.ancestors() {
+        let metadata = fs::symlink_metadata(above).map_err(|error| refuse(above, error.to_string()))?;
+        let mode = metadata.permissions().mode();
+        if metadata.uid() != 0 {
+            return Err(refuse(above, "it is not root's".into()));
+        }
+        // In a sticky directory nobody else can rename or remove what is root's; but in the socket's own,
+        // others could take its name before it is bound.
+        if mode & 0o022 != 0 && (mode & 0o1000 == 0 || above == real) {
+            return Err(refuse(above, "others may write to it".into()));
+        }
+    }
+    Ok(())
 }
 
 /// A file that one process at a time has locked; it goes when the lock does.
@@ -195,8 +232,9 @@ impl SocketLock {
         }
     }
 
-    /// Binds the socket, in place of one that a dead agent left behind.
-    pub fn bind(&self) -> Result<std::os::unix::net::UnixListener, LaunchError> {
+    /// Binds the socket, in place of one that a dead agent left behind. With `everybody` all users may
+    /// connect; what they may do is decided when they ask.
+    pub fn bind(&self, everybody: bool) -> Result<std::os::unix::net::UnixListener, LaunchError> {
         let open = |source| LaunchError::Open {
             path: self.socket.clone(),
             source,
@@ -207,7 +245,8 @@ impl SocketLock {
             Err(error) => return Err(open(error)),
         }
         let listener = std::os::unix::net::UnixListener::bind(&self.socket).map_err(open)?;
-        fs::set_permissions(&self.socket, fs::Permissions::from_mode(0o600)).map_err(open)?;
+        let mode = if everybody { 0o666 } else { 0o600 };
+        fs::set_permissions(&self.socket, fs::Permissions::from_mode(mode)).map_err(open)?;
         listener.set_nonblocking(true).map_err(open)?;
         Ok(listener)
     }
@@ -368,7 +407,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("agent.sock");
         let lock = SocketLock::acquire(&socket).unwrap();
-        let listener = lock.bind().unwrap();
+        let listener = lock.bind(false).unwrap();
         assert!(matches!(
             SocketLock::acquire(&socket),
             Err(LaunchError::AlreadyRunning { .. })

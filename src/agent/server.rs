@@ -1,39 +1,71 @@
-//! The control socket's HTTP server. Who may connect is decided here, from what the kernel says of
-//! the caller (SO_PEERCRED): this agent's own user, and root.
+//! The control socket's HTTP server.
+//!
+//! Everybody may connect to an agent of many users, so nothing that a caller does may cost the others more
+//! than a bounded share: connections are counted by user, heads and bodies have deadlines and sizes, an
+//! answer that nobody reads is given up. Who calls is what the kernel says (SO_PEERCRED and its like).
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    io,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
+};
 
 use axum::{
-    Json, Router,
+    Extension, Json, Router,
     body::Body,
-    extract::{DefaultBodyLimit, State},
+    extract::{Request, State},
     http::{StatusCode, header},
+    middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{get, post},
-    serve::Listener,
 };
-use nix::unistd::Uid;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{UnixListener, UnixStream, unix::SocketAddr},
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
+    net::{UnixListener, UnixStream},
+    sync::{mpsc, watch},
+    task::JoinSet,
+    time::{Instant, Sleep},
 };
+use tokio_util::sync::CancellationToken;
 
 use crate::causes::in_one_line;
 
 use super::{
     Agent, AgentError, UnderWay,
+    access::Caller,
     control::{
         AgentInfo, CacheInfo, EvictOutcome, EvictRequest, Line, MountInfo, MountRequest, Problem,
         UnmountOutcome, UnmountRequest, WarmRequest,
     },
+    snapshot::SnapshotError,
 };
 
-/// Connections served at once; further ones wait in the kernel's queue.
-const MAX_CONNECTIONS: usize = 64;
+/// Connections open at once, all users together, and of one of them. Further ones take the place of one
+/// that has not asked anything yet, or are turned away.
+const MAX_CONNECTIONS: usize = 1024;
+const MAX_OF_A_USER: usize = 128;
 /// A request holds a reference, a path and a few credentials.
-const MAX_REQUEST: usize = 256 << 10;
+const MAX_REQUEST: usize = 64 << 10;
+/// Of a request's head.
+const MAX_HEAD: usize = 16 << 10;
+/// For the head of a request to arrive, and then for its body.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+/// An answer of which nobody takes a byte for so long is given up.
+const STALLED: Duration = Duration::from_secs(30);
+/// For requests under way when the agent ends.
+const END_DEADLINE: Duration = Duration::from_secs(5);
 /// Between two lines of a long answer.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 /// After a failed accept (out of descriptors), so that the loop does not spin.
@@ -43,7 +75,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub async fn serve(
     agent: Arc<Agent>,
     listener: UnixListener,
-    stop: impl Future<Output = ()> + Send + 'static,
+    stop: impl Future<Output = ()>,
 ) -> io::Result<()> {
     let routes = Router::new()
         .route("/v1/agent", get(info))
@@ -53,30 +85,150 @@ pub async fn serve(
         .route("/v1/cache/evict", post(evict))
         .route("/v1/cache/verify", post(verify))
         .route("/v1/warm", post(warm))
-        .layer(DefaultBodyLimit::max(MAX_REQUEST))
-        .with_state(agent);
-    let listener = PeerListener {
-        listener,
-        permits: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
-        uid: Uid::effective(),
+        .layer(middleware::from_fn(whole_request))
+        .with_state(Arc::clone(&agent));
+    let open = Arc::new(Mutex::new(Connections::default()));
+    let ending = CancellationToken::new();
+    let mut tasks = JoinSet::new();
+    let mut stop = std::pin::pin!(stop);
+    loop {
+        let accepted = tokio::select! {
+            () = &mut stop => break,
+            Some(_) = tasks.join_next() => continue,
+            accepted = listener.accept() => accepted,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "a control connection was not accepted");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let caller = match Caller::of(&stream) {
+            Ok(caller) if agent.access.admits(&caller) => caller,
+            Ok(caller) => {
+                tracing::warn!(
+                    uid = caller.uid(),
+                    "a control connection of another user was refused"
+                );
+                continue;
+            }
+            // It has gone already, or nothing is known of it.
+            Err(error) => {
+                tracing::debug!(%error, "a control connection of nobody known was refused");
+                continue;
+            }
+        };
+        let Some(connection) = Connection::open(&open, caller.uid()) else {
+            tracing::debug!(uid = caller.uid(), "too many control connections");
+            turn_away(&stream);
+            continue;
+        };
+        tasks.spawn(converse(
+            stream,
+            connection,
+            caller,
+            routes.clone(),
+            ending.clone(),
+        ));
+    }
+    drop(listener);
+    ending.cancel();
+    let finished = async { while tasks.join_next().await.is_some() {} };
+    // A connection that its caller leaves open ends with the process.
+    let _ = tokio::time::timeout(END_DEADLINE, finished).await;
+    Ok(())
+}
+
+/// One connection, one request.
+async fn converse(
+    stream: UnixStream,
+    connection: Connection,
+    caller: Arc<Caller>,
+    routes: Router,
+    ending: CancellationToken,
+) {
+    let asked = Arc::clone(&connection.place);
+    let service = routes
+        .layer(middleware::from_fn(move |request: Request, next: Next| {
+            asked.asked.store(true, Ordering::Relaxed);
+            next.run(request)
+        }))
+        .layer(Extension(caller));
+    let serving = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(REQUEST_DEADLINE)
+        .keep_alive(false)
+        .max_buf_size(MAX_HEAD)
+        .serve_connection(
+            TokioIo::new(Impatient::new(stream)),
+            TowerToHyperService::new(service),
+        );
+    let mut serving = std::pin::pin!(serving);
+    let mut told = false;
+    loop {
+        tokio::select! {
+            result = &mut serving => {
+                if let Err(error) = result {
+                    tracing::debug!(%error, "a control connection ended early");
+                }
+                return;
+            }
+            () = connection.place.wanted.cancelled() => return,
+            () = ending.cancelled(), if !told => {
+                told = true;
+                serving.as_mut().graceful_shutdown();
+            }
+        }
+    }
+}
+
+/// Says so without waiting for anybody.
+fn turn_away(stream: &UnixStream) {
+    const ANSWER: &[u8] =
+        b"HTTP/1.1 429 Too Many Requests\r\nconnection: close\r\ncontent-type: application/json\r\n\
+        content-length: 62\r\n\r\n{\"message\":\"too many connections at once; try again in a while\"}";
+    let _ = stream.try_write(ANSWER);
+}
+
+/// Takes in all of a request before anything is done for it.
+async fn whole_request(request: Request, next: Next) -> Response {
+    let (head, body) = request.into_parts();
+    let body = match tokio::time::timeout(REQUEST_DEADLINE, axum::body::to_bytes(body, MAX_REQUEST)).await {
+        Ok(Ok(body)) => body,
+        Ok(Err(_)) => {
+            let message = format!("a request is {MAX_REQUEST} bytes at most");
+            return Refusal(StatusCode::PAYLOAD_TOO_LARGE, message).into_response();
+        }
+        Err(_) => {
+            let message = format!(
+                "the request did not arrive within {} s",
+                REQUEST_DEADLINE.as_secs()
+            );
+            return Refusal(StatusCode::REQUEST_TIMEOUT, message).into_response();
+        }
     };
-    axum::serve(listener, routes).with_graceful_shutdown(stop).await
+    next.run(Request::from_parts(head, Body::from(body))).await
 }
 
-async fn info(State(agent): State<Arc<Agent>>) -> Json<AgentInfo> {
-    Json(agent.info())
+type Peer = Extension<Arc<Caller>>;
+
+async fn info(State(agent): State<Arc<Agent>>, Extension(caller): Peer) -> Json<AgentInfo> {
+    Json(agent.info(&caller))
 }
 
-async fn mounts(State(agent): State<Arc<Agent>>) -> Json<Vec<MountInfo>> {
-    Json(agent.mounts())
+async fn mounts(State(agent): State<Arc<Agent>>, Extension(caller): Peer) -> Json<Vec<MountInfo>> {
+    Json(agent.mounts(&caller))
 }
 
 async fn mount(
     State(agent): State<Arc<Agent>>,
+    Extension(caller): Peer,
     Json(request): Json<MountRequest>,
 ) -> Result<Json<MountInfo>, Refusal> {
     // In a task of its own: a caller who goes away must leave a whole mount or none.
-    let mounting = tokio::spawn(async move { agent.mount(request).await });
+    let mounting = tokio::spawn(async move { agent.mount(&caller, request).await });
     match mounting.await {
         Ok(result) => Ok(Json(result?)),
         Err(error) => Err(Refusal(StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
@@ -85,9 +237,10 @@ async fn mount(
 
 async fn unmount(
     State(agent): State<Arc<Agent>>,
+    Extension(caller): Peer,
     Json(request): Json<UnmountRequest>,
 ) -> Result<Json<Vec<UnmountOutcome>>, Refusal> {
-    Ok(Json(agent.unmount(request).await?))
+    Ok(Json(agent.unmount(&caller, request).await?))
 }
 
 async fn cache(State(agent): State<Arc<Agent>>) -> Json<CacheInfo> {
@@ -96,12 +249,14 @@ async fn cache(State(agent): State<Arc<Agent>>) -> Json<CacheInfo> {
 
 async fn evict(
     State(agent): State<Arc<Agent>>,
+    Extension(caller): Peer,
     Json(request): Json<EvictRequest>,
 ) -> Result<Json<EvictOutcome>, Refusal> {
-    Ok(Json(agent.evict(request).await?))
+    Ok(Json(agent.evict(&caller, request).await?))
 }
 
-async fn verify(State(agent): State<Arc<Agent>>) -> Result<Response, Refusal> {
+async fn verify(State(agent): State<Arc<Agent>>, Extension(caller): Peer) -> Result<Response, Refusal> {
+    agent.access.administrators(&caller).map_err(AgentError::from)?;
     // Before the first line, so that the caller of an agent that is just ending can ask the next one.
     let held = UnderWay::begin(&agent)?;
     Ok(lines(move |progress| async move {
@@ -112,12 +267,13 @@ async fn verify(State(agent): State<Arc<Agent>>) -> Result<Response, Refusal> {
 
 async fn warm(
     State(agent): State<Arc<Agent>>,
+    Extension(caller): Peer,
     Json(request): Json<WarmRequest>,
 ) -> Result<Response, Refusal> {
     let held = UnderWay::begin(&agent)?;
     Ok(lines(move |progress| async move {
         let _held = held;
-        agent.warm(request, progress).await
+        agent.warm(&caller, request, progress).await
     }))
 }
 
@@ -166,6 +322,11 @@ impl From<AgentError> for Refusal {
     fn from(error: AgentError) -> Self {
         let status = match error {
             AgentError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
+            AgentError::Access(_)
+            | AgentError::Snapshot {
+                source: SnapshotError::Access(_),
+                ..
+            } => StatusCode::FORBIDDEN,
             _ => StatusCode::UNPROCESSABLE_ENTITY,
         };
         Self(status, in_one_line(&error))
@@ -178,91 +339,119 @@ impl IntoResponse for Refusal {
     }
 }
 
-/// Lets in this agent's user and root, a bounded number at a time.
-struct PeerListener {
-    listener: UnixListener,
-    permits: Arc<Semaphore>,
-    uid: Uid,
+/// The connections that are open, by user, the oldest first.
+#[derive(Default)]
+struct Connections {
+    count: usize,
+    of: BTreeMap<u32, Vec<Arc<Place>>>,
 }
 
-impl Listener for PeerListener {
-    type Io = Admitted;
-    type Addr = SocketAddr;
+#[derive(Default)]
+struct Place {
+    /// Its request is there.
+    asked: AtomicBool,
+    /// By a later connection.
+    wanted: CancellationToken,
+}
 
-    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
-        loop {
-            let Ok(permit) = Arc::clone(&self.permits).acquire_owned().await else {
-                // The semaphore is never closed.
-                std::future::pending::<()>().await;
-                continue;
-            };
-            let (stream, address) = match self.listener.accept().await {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    tracing::warn!(%error, "a control connection was not accepted");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                    continue;
-                }
-            };
-            match stream.peer_cred() {
-                Ok(peer) if peer.uid() == self.uid.as_raw() || peer.uid() == 0 => {
-                    return (
-                        Admitted {
-                            stream,
-                            _permit: permit,
-                        },
-                        address,
-                    );
-                }
-                Ok(peer) => tracing::warn!(
-                    uid = peer.uid(),
-                    "a control connection of another user was refused"
-                ),
-                Err(error) => tracing::warn!(%error, "a control connection of nobody known was refused"),
+/// One of them, for as long as it is open.
+struct Connection {
+    open: Arc<Mutex<Connections>>,
+    uid: u32,
+    place: Arc<Place>,
+}
+
+impl Connection {
+    /// `None` if there is no place: neither a free one nor one of the same user's that is of no use.
+    fn open(open: &Arc<Mutex<Connections>>, uid: u32) -> Option<Self> {
+        let mut connections = open.lock();
+        // Root is let in however many there are of others.
+        let full = connections.count >= MAX_CONNECTIONS && uid != 0;
+        let theirs = connections.of.entry(uid).or_default();
+        if full || theirs.len() >= MAX_OF_A_USER {
+            let idle =
+                |place: &Arc<Place>| !place.asked.load(Ordering::Relaxed) && !place.wanted.is_cancelled();
+            // It leaves within an instant: there may be one too many until then.
+            theirs.iter().find(|place| idle(place))?.wanted.cancel();
+        }
+        let place = Arc::new(Place::default());
+        theirs.push(Arc::clone(&place));
+        connections.count += 1;
+        drop(connections);
+        Some(Self {
+            open: Arc::clone(open),
+            uid,
+            place,
+        })
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        let mut connections = self.open.lock();
+        connections.count -= 1;
+        if let Some(theirs) = connections.of.get_mut(&self.uid) {
+            theirs.retain(|place| !Arc::ptr_eq(place, &self.place));
+            if theirs.is_empty() {
+                connections.of.remove(&self.uid);
+            }
+        }
+    }
+}
+
+/// A stream that gives up when nobody takes what is written.
+struct Impatient {
+    stream: UnixStream,
+    stalled: Option<Pin<Box<Sleep>>>,
+}
+
+impl Impatient {
+    fn new(stream: UnixStream) -> Self {
+        Self {
+            stream,
+            stalled: None,
+        }
+    }
+
+    fn patience(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let sleep = self
+            .stalled
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep_until(Instant::now() + STALLED)));
+        ready!(sleep.as_mut().poll(context));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl AsyncRead for Impatient {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buf)
+    }
+}
+
+impl AsyncWrite for Impatient {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        match Pin::new(&mut self.stream).poll_write(context, buf) {
+            Poll::Pending => self.patience(context).map_ok(|()| 0),
+            written => {
+                self.stalled = None;
+                written
             }
         }
     }
 
-    fn local_addr(&self) -> io::Result<Self::Addr> {
-        self.listener.local_addr()
-    }
-}
-
-struct Admitted {
-    stream: UnixStream,
-    _permit: OwnedSemaphorePermit,
-}
-
-impl AsyncRead for Admitted {
-    fn poll_read(
-        mut self: std::pin::Pin<&mut Self>,
-        context: &mut std::task::Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> std::task::Poll<io::Result<()>> {
-        std::pin::Pin::new(&mut self.stream).poll_read(context, buf)
-    }
-}
-
-impl AsyncWrite for Admitted {
-    fn poll_write(
-        mut self: std::pin::Pin<&mut Self>,
-        context: &mut std::task::Context<'_>,
-        buf: &[u8],
-    ) -> std::task::Poll<io::Result<usize>> {
-        std::pin::Pin::new(&mut self.stream).poll_write(context, buf)
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
     }
 
-    fn poll_flush(
-        mut self: std::pin::Pin<&mut Self>,
-        context: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<io::Result<()>> {
-        std::pin::Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(
-        mut self: std::pin::Pin<&mut Self>,
-        context: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<io::Result<()>> {
-        std::pin::Pin::new(&mut self.stream).poll_shutdown(context)
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
     }
 }

@@ -4,13 +4,16 @@ use std::{io, ops::Range, path::PathBuf, sync::Arc, time::Duration};
 
 use futures::TryStreamExt;
 
-use super::sums::SumsPart;
+use super::{
+    access::{Access, AccessError, Asked, Caller},
+    sums::SumsPart,
+};
 use crate::{
     cache::{Cache, CacheError, TreeHandle},
-    catalog::{self, Catalog, CatalogError, Record, TreePart},
+    catalog::{self, Catalog, CatalogError, OriginLocation, Record, TreePart},
     fetch::{FetchObject, Fetcher, Source},
     fs::{
-        self, GridFs, Owner,
+        self, GridFs, Owner, Share,
         fetched::{Fetched, Sources},
     },
     origin::{Borrowed, OriginError, Pin, Store, StoreSettings, StoreUrl},
@@ -27,6 +30,8 @@ const CHUNKS_IN_FLIGHT: usize = 16;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SnapshotError {
+    #[error(transparent)]
+    Access(#[from] AccessError),
     #[error(transparent)]
     Catalog(#[from] CatalogError),
     #[error("its tree {key} cannot be fetched from {store}")]
@@ -65,8 +70,19 @@ pub struct Resolved {
     pub origin: Store,
     /// The keys that are lent for it.
     pub loans: Vec<Arc<Borrowed>>,
-    /// What the next agent needs to open the origin.
-    pub settings: StoreSettings,
+    /// What came with them: for the next agent.
+    pub lent: StoreSettings,
+    /// Who may share its cached bytes.
+    domain: String,
+}
+
+/// Who asks, and of whom.
+#[derive(Clone, Copy)]
+pub struct Asking<'a> {
+    pub access: &'a Access,
+    pub caller: &'a Caller,
+    /// The caller's.
+    pub settings: &'a StoreSettings,
 }
 
 /// A snapshot whose tree is here.
@@ -82,11 +98,14 @@ impl Resolved {
         reference: &Reference,
         catalog_url: &StoreUrl,
         user: &UserName,
-        settings: &StoreSettings,
+        asking: Asking<'_>,
     ) -> Result<Self, SnapshotError> {
-        let catalog = catalog::connect(catalog_url, settings).await?;
+        let granted = asking
+            .access
+            .grant(asking.caller, catalog_url, Asked::Catalog, asking.settings)?;
+        let catalog = catalog::connect(catalog_url, &granted.settings).await?;
         let record = catalog.resolve(reference, user).await?;
-        Self::with(record, catalog, catalog_url, settings).await
+        Self::with(record, catalog, catalog_url, asking).await
     }
 
     /// As it was resolved before, its tree in `store`: asks nobody who may be down.
@@ -94,19 +113,38 @@ impl Resolved {
         record: Record,
         catalog_url: &StoreUrl,
         store: Option<&StoreUrl>,
-        settings: &StoreSettings,
+        asking: Asking<'_>,
     ) -> Result<Self, SnapshotError> {
-        let catalog = catalog::reconnect(catalog_url, settings, store).await?;
-        Self::with(record, catalog, catalog_url, settings).await
+        let granted = asking
+            .access
+            .grant(asking.caller, catalog_url, Asked::Catalog, asking.settings)?;
+        let catalog = catalog::reconnect(catalog_url, &granted.settings, store).await?;
+        Self::with(record, catalog, catalog_url, asking).await
     }
 
     async fn with(
         record: Record,
         catalog: Arc<dyn Catalog>,
         catalog_url: &StoreUrl,
-        settings: &StoreSettings,
+        asking: Asking<'_>,
     ) -> Result<Self, SnapshotError> {
-        let reading = catalog.reading(&record, settings).await?;
+        let grant = |url| {
+            asking
+                .access
+                .grant(asking.caller, url, Asked::Origin, asking.settings)
+        };
+        let store = catalog.store().url();
+        let granted = match &record.origin {
+            OriginLocation::Catalog => grant(store)?,
+            OriginLocation::Url(url) => grant(url)?,
+        };
+        let mut settings = granted.settings;
+        // A control plane names a store of its own.
+        if record.origin != OriginLocation::Catalog && store != catalog_url {
+            settings.extend(&grant(store)?.settings);
+        }
+        let settings = settings.with_lent(&asking.settings.lent());
+        let reading = catalog.reading(&record, &settings).await?;
         Ok(Self {
             record,
             catalog,
@@ -114,7 +152,8 @@ impl Resolved {
             trees: reading.trees,
             origin: reading.objects,
             loans: reading.loans,
-            settings: reading.settings,
+            lent: reading.lent,
+            domain: granted.domain,
         })
     }
 
@@ -249,28 +288,23 @@ impl Snapshot {
         }
     }
 
-    /// One object of the tree as the mounts of `uid` open it.
-    pub fn object(
-        &self,
-        fetcher: &Arc<Fetcher>,
-        uid: u32,
-        number: ObjectNo,
-    ) -> Result<Arc<FetchObject>, TreeError> {
-        Ok(fetcher.open(&domain(uid), self.sources().source(number)?))
+    /// One object of the tree as the mounts of whoever asked for it open it.
+    pub fn object(&self, fetcher: &Arc<Fetcher>, number: ObjectNo) -> Result<Arc<FetchObject>, TreeError> {
+        Ok(fetcher.open(&self.resolved.domain, self.sources().source(number)?))
     }
 
     /// The snapshot as a file system of `owner`'s.
     pub fn file_system(
         &self,
         fetcher: &Arc<Fetcher>,
-        owner: Owner,
+        (owner, share): (Owner, Share),
         prefetch: PrefetchPolicy,
         runtime: &tokio::runtime::Handle,
     ) -> GridFs {
         let content = Arc::new(Fetched::new(
             Arc::clone(fetcher),
             self.sources(),
-            domain(owner.uid),
+            self.resolved.domain.clone(),
             prefetch,
             runtime,
         ));
@@ -283,12 +317,8 @@ impl Snapshot {
             },
             owner,
         )
+        .shared(share)
     }
-}
-
-/// Cached bytes are shared by whoever has this user's permissions: the user.
-fn domain(uid: u32) -> String {
-    format!("uid {uid}")
 }
 
 /// The tree's objects in the version's origin.

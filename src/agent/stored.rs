@@ -6,8 +6,9 @@ use tokio::sync::watch;
 
 use super::{
     Agent, AgentError, UnderWay,
+    access::Caller,
     control::{CacheInfo, EvictOutcome, EvictRequest, VerifyProgress, VersionRequest},
-    snapshot::{Resolved, Snapshot},
+    snapshot::{Asking, Resolved, Snapshot},
 };
 use crate::{
     reference::Reference,
@@ -42,9 +43,14 @@ impl Agent {
 
     /// Forgets a version's blocks, those it shares with other versions too, or everything. Who reads
     /// reads on.
-    pub async fn evict(self: &Arc<Self>, request: EvictRequest) -> Result<EvictOutcome, AgentError> {
+    pub async fn evict(
+        self: &Arc<Self>,
+        caller: &Caller,
+        request: EvictRequest,
+    ) -> Result<EvictOutcome, AgentError> {
         let _under_way = UnderWay::begin(self)?;
         let Some(version) = request.version else {
+            self.access.administrators(caller)?;
             let cache = Arc::clone(&self.cache);
             let (objects, freed) = blocking(move || {
                 cache.wait_scanned(COUNT_PATIENCE);
@@ -59,7 +65,7 @@ impl Agent {
                 freed,
             });
         };
-        let snapshot = self.snapshot(&version).await?;
+        let snapshot = self.snapshot(caller, &version).await?;
         let reference = snapshot.resolved.reference();
         let agent = Arc::clone(self);
         let evicted = blocking(move || agent.evict_snapshot(snapshot)).await;
@@ -75,11 +81,10 @@ impl Agent {
     }
 
     fn evict_snapshot(&self, snapshot: Snapshot) -> Result<(u64, u64), TreeError> {
-        let uid = nix::unistd::geteuid().as_raw();
         let before = self.cache.stats().allocated_bytes;
         let mut objects = 0;
         for number in (0..snapshot.tree.object_count()).map(ObjectNo) {
-            let id = snapshot.object(&self.fetcher, uid, number)?.id();
+            let id = snapshot.object(&self.fetcher, number)?.id();
             objects += u64::from(self.cache.evict(&id));
         }
         let Snapshot { tree, handle, .. } = snapshot;
@@ -118,20 +123,24 @@ impl Agent {
     }
 
     /// A version with its tree, without a mount.
-    pub(super) async fn snapshot(&self, version: &VersionRequest) -> Result<Snapshot, AgentError> {
+    pub(super) async fn snapshot(
+        &self,
+        caller: &Caller,
+        version: &VersionRequest,
+    ) -> Result<Snapshot, AgentError> {
         let reference: Reference = version.reference.parse()?;
         let failed = |source| AgentError::Snapshot {
             requested: version.reference.clone(),
             source,
         };
-        let resolved = Resolved::new(
-            &reference,
-            &version.catalog,
-            &version.user,
-            &version.store_settings,
-        )
-        .await
-        .map_err(failed)?;
+        let asking = Asking {
+            access: &self.access,
+            caller,
+            settings: &version.store_settings,
+        };
+        let resolved = Resolved::new(&reference, &version.catalog, &version.user, asking)
+            .await
+            .map_err(failed)?;
         resolved.fetch_tree(&self.cache).await.map_err(failed)
     }
 }

@@ -11,6 +11,7 @@ use tokio::{sync::Semaphore, sync::watch, time::Instant};
 
 use super::{
     Agent, AgentError, UnderWay,
+    access::Caller,
     control::{WarmProgress, WarmRequest},
     snapshot::Snapshot,
     stored::blocking,
@@ -125,6 +126,7 @@ impl Agent {
     /// Brings what the request names into the cache. Dropping the future ends it.
     pub async fn warm(
         self: &Arc<Self>,
+        caller: &Caller,
         request: WarmRequest,
         progress: watch::Sender<WarmProgress>,
     ) -> Result<WarmProgress, AgentError> {
@@ -135,7 +137,7 @@ impl Agent {
             requested: requested.clone(),
             source,
         };
-        let snapshot = Arc::new(self.snapshot(&request.version).await?);
+        let snapshot = Arc::new(self.snapshot(caller, &request.version).await?);
         let tree = Arc::clone(&snapshot.tree);
         let plan = blocking(move || Plan::new(&tree, globs.as_ref()))
             .await
@@ -186,9 +188,8 @@ impl Agent {
             .acquire_many(permits)
             .await
             .map_err(|_| AgentError::Stopping)?;
-        let uid = nix::unistd::geteuid().as_raw();
         let object = snapshot
-            .object(&self.fetcher, uid, number)
+            .object(&self.fetcher, number)
             .map_err(|source| AgentError::Tree {
                 requested: requested.to_owned(),
                 source,

@@ -111,7 +111,7 @@ impl HttpCatalog {
         // A mount that goes on: its readers wait.
         match tokio::time::timeout(RESUME_PATIENCE, lender.ask()).await {
             Ok(Ok(loan)) => Access::new(url, settings, loan.as_ref(), lender),
-            _ => Access::resuming(url, settings, lender),
+            _ => Access::resuming(url, settings, &settings.lent(), lender),
         }
     }
 
@@ -273,7 +273,7 @@ impl Catalog for HttpCatalog {
             trees,
             objects,
             loans,
-            settings: kept.settings,
+            lent: kept.lent,
         })
     }
 

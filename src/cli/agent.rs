@@ -14,10 +14,12 @@ use crate::causes::in_one_line;
 use crate::{
     agent::{
         Agent,
+        access::{Access, Caller},
         keeping::{self, Keeping},
-        launch::{KeeperLock, LaunchError, Readiness, SocketLock},
+        launch::{self, KeeperLock, LaunchError, Readiness, SYSTEM_SOCKET, SocketLock},
         server,
     },
+    config::{LogFormat, LogLevel},
     keeper::{self, End, Limits, Link, Plan},
 };
 
@@ -48,7 +50,7 @@ pub fn agent(args: AgentArgs) -> Result<(), CliError> {
 
 /// The agent's parent. It has one thread, and opens nothing but its log, its lock and what it keeps.
 fn keep(args: &AgentArgs) -> Result<(), CliError> {
-    start_logging();
+    start_logging(LogFormat::Text, LogLevel::Info)?;
     // SAFETY: as in `agent`. Whoever waits hears the first agent, which has inherited the descriptor; this
     // one is closed once that runs.
     let mut readiness = match args.ready_fd {
@@ -56,7 +58,7 @@ fn keep(args: &AgentArgs) -> Result<(), CliError> {
         None => Readiness::none(),
     };
     let prepared = (|| {
-        let settings = config::load(&Overrides::of(&Default::default(), &args.agent))?;
+        let settings = config::load(&Overrides::of_agent(args))?;
         let socket = own_socket(&args.socket)?;
         let program = std::env::current_exe().map_err(CliError::failed)?;
         Ok((settings, socket, program))
@@ -103,9 +105,23 @@ fn keep(args: &AgentArgs) -> Result<(), CliError> {
 }
 
 fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliError> {
-    start_logging();
-    let settings = config::load(&Overrides::of(&Default::default(), &args.agent))?;
-    let socket = own_socket(&args.socket)?;
+    let overrides = Overrides::of_agent(args);
+    let settings = config::load(&overrides)?;
+    start_logging(settings.log_format.value, settings.log_level.value)?;
+    // A user's own goes with its mounts; root's, started to stay, is for all.
+    let everybody = nix::unistd::geteuid().is_root() && !args.on_demand && !args.socket.own_agent;
+    let socket = match (everybody, mount::named_socket(&args.socket)) {
+        (false, _) => own_socket(&args.socket)?,
+        (true, named) => {
+            let socket = named.unwrap_or_else(|| SYSTEM_SOCKET.into());
+            launch::shared_dir(&socket).map_err(CliError::failed)?;
+            socket
+        }
+    };
+    let access = match everybody {
+        true => Access::everybody(config::rules(&settings)?),
+        false => Access::own(),
+    };
     let (link, held) = match args.kept {
         false => (None, Vec::new()),
         true => {
@@ -131,9 +147,10 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
     let runtime = runtime()?;
     let result = runtime.block_on(async {
         let keeping = Keeping::beside(&socket, link);
-        let agent = Agent::new(config::agent_config(&settings)?, keeping).map_err(CliError::failed)?;
+        let agent =
+            Agent::new(config::agent_config(&settings)?, keeping, access).map_err(CliError::failed)?;
         // Before anything is resumed: a failure from then on would end what lives.
-        let listener = lock.bind().map_err(CliError::failed)?;
+        let listener = lock.bind(everybody).map_err(CliError::failed)?;
         // Only for what has to be mounted again: no reason not to start.
         agent
             .resume(held, &config::store_settings().unwrap_or_default())
@@ -147,8 +164,8 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
 
 /// An agent in the foreground with one mount, until that is unmounted or a signal comes.
 pub fn foreground(args: MountArgs) -> Result<(), CliError> {
-    start_logging();
     let settings = config::load(&Overrides::of_mount(&args))?;
+    start_logging(settings.log_format.value, settings.log_level.value)?;
     let request = mount::request(&args, &settings)?;
     let socket = own_socket(&args.socket)?;
     let lock = SocketLock::acquire(&socket).map_err(|error| match error {
@@ -164,10 +181,14 @@ pub fn foreground(args: MountArgs) -> Result<(), CliError> {
     let runtime = runtime()?;
     let result = runtime.block_on(async {
         let keeping = Keeping::beside(&socket, None);
-        let agent = Agent::new(config::agent_config(&settings)?, keeping).map_err(CliError::failed)?;
-        let listener = lock.bind().map_err(CliError::failed)?;
+        let agent =
+            Agent::new(config::agent_config(&settings)?, keeping, Access::own()).map_err(CliError::failed)?;
+        let listener = lock.bind(false).map_err(CliError::failed)?;
         agent.resume(Vec::new(), &request.store_settings).await;
-        let info = agent.mount(request).await.map_err(CliError::failed)?;
+        let info = agent
+            .mount(&Caller::this_process(), request)
+            .await
+            .map_err(CliError::failed)?;
         let serving = serve(&agent, listener, true, || mount::show(&args, &info));
         serving.await
     });
@@ -232,14 +253,19 @@ fn runtime() -> Result<tokio::runtime::Runtime, CliError> {
         .map_err(CliError::failed)
 }
 
-/// To standard error, which is the log file of an agent started on demand. `GRID_MOUNT_LOG` filters
-/// (`info`, `grid_mount=debug`).
-fn start_logging() {
+/// To standard error, which is the log file of an agent started on demand, and the journal of a service.
+/// `GRID_MOUNT_LOG` filters finer than a level (`info`, `grid_mount=debug`).
+fn start_logging(format: LogFormat, level: LogLevel) -> Result<(), CliError> {
     let filter = tracing_subscriber::EnvFilter::try_from_env("GRID_MOUNT_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    let _ = tracing_subscriber::fmt()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level.to_string()));
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(output::stderr_is_terminal() && std::env::var_os("NO_COLOR").is_none())
-        .try_init();
+        .with_ansi(output::stderr_is_terminal() && std::env::var_os("NO_COLOR").is_none());
+    // One that is there already stays.
+    let _ = match format {
+        LogFormat::Text => log.try_init(),
+        LogFormat::Json => log.json().flatten_event(true).try_init(),
+    };
+    Ok(())
 }

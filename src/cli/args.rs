@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
-use crate::agent::control::IoModeWish;
+use crate::agent::control::{IoModeWish, Share};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -152,12 +152,18 @@ pub struct MountArgs {
     /// Stay, show the log, unmount on Ctrl-C
     #[arg(long, short)]
     pub foreground: bool,
-    /// How the kernel reads; chosen by itself
-    #[arg(long, value_enum, default_value_t = IoModeArg::Auto, hide_default_value = true)]
+    /// How the kernel reads: auto, passthrough or no-open
+    #[arg(long, value_enum, default_value_t = IoModeArg::Auto, hide_default_value = true, hide_possible_values = true)]
     pub io_mode: IoModeArg,
     /// What to fetch before it is asked for: auto, none or all
     #[arg(long, value_name = "WHAT")]
     pub prefetch: Option<String>,
+    /// Who else may read it: group or all
+    #[arg(long, value_enum, value_name = "WITH", hide_possible_values = true)]
+    pub share: Option<ShareArg>,
+    /// Unmount it when unused for so long: 10m, 2h, never
+    #[arg(long, value_name = "TIME")]
+    pub idle_timeout: Option<String>,
     #[command(flatten)]
     pub output: OutputArgs,
     #[command(flatten)]
@@ -166,6 +172,21 @@ pub struct MountArgs {
     pub catalog: CatalogArgs,
     #[command(flatten)]
     pub agent: AgentSettingArgs,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum ShareArg {
+    Group,
+    All,
+}
+
+impl From<ShareArg> for Share {
+    fn from(arg: ShareArg) -> Self {
+        match arg {
+            ShareArg::Group => Self::Group,
+            ShareArg::All => Self::All,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
@@ -563,10 +584,25 @@ pub struct DemoArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Example:
-  grid-mount agent --socket /run/user/1000/grid-mount/agent.sock
-Any `grid-mount REF` starts one by itself; it ends with its last mount.")]
+Examples:
+  grid-mount agent                             root's: for every user of this host
+  grid-mount agent --own-agent                 mine alone
+  grid-mount agent --log-format json --idle-timeout 12h
+Any `grid-mount REF` starts one of its user's, which ends with its last mount.
+SIGHUP reads the settings again; SIGTERM unmounts everything and ends.")]
 pub struct AgentArgs {
+    /// Read this file in place of /etc/grid-mount/config.toml
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Unmount what nobody used for so long, if its mount says nothing else
+    #[arg(long, value_name = "TIME")]
+    pub idle_timeout: Option<String>,
+    /// text or json
+    #[arg(long, value_name = "FORM")]
+    pub log_format: Option<String>,
+    /// error, warn, info, debug or trace; GRID_MOUNT_LOG filters finer
+    #[arg(long, value_name = "LEVEL")]
+    pub log_level: Option<String>,
     /// End with the last mount
     #[arg(long)]
     pub on_demand: bool,

@@ -15,6 +15,7 @@ use super::{
 use crate::{
     agent::{
         Agent, AgentError, CacheError,
+        access::{Access, Caller},
         client::{Client, ClientError},
         control::{CacheInfo, EvictOutcome, EvictRequest, VerifyProgress, VersionRequest},
     },
@@ -70,7 +71,7 @@ impl Holder {
             None => {
                 let config = config::agent_config(settings)?;
                 Ok(Self::Here(
-                    Agent::new(config, Default::default()).map_err(CliError::failed)?,
+                    Agent::new(config, Default::default(), Access::own()).map_err(CliError::failed)?,
                 ))
             }
         }
@@ -138,7 +139,10 @@ async fn evict(args: &CacheEvictArgs) -> Result<(), CliError> {
     let request = EvictRequest { version };
     let outcome = match Holder::find(&args.common, &settings).await? {
         Holder::Agent(client) => client.evict(&request).await.map_err(CliError::failed)?,
-        Holder::Here(agent) => agent.evict(request).await.map_err(CliError::failed)?,
+        Holder::Here(agent) => agent
+            .evict(&Caller::this_process(), request)
+            .await
+            .map_err(CliError::failed)?,
     };
     if args.common.output.json {
         output::print_json(&outcome);

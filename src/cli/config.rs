@@ -1,30 +1,55 @@
 //! Settings at the edge: from flags and the process's environment into plain structs.
 
-use std::{collections::BTreeMap, env, io, path::Path};
+use std::{
+    collections::BTreeMap,
+    env, io,
+    path::{Path, PathBuf},
+};
 
 use super::{
     CliError,
-    args::{AgentSettingArgs, CatalogArgs, ConfigArgs, MountArgs},
+    args::{AgentArgs, AgentSettingArgs, CatalogArgs, ConfigArgs, MountArgs},
     output,
 };
 use crate::{
-    agent::{AgentConfig, CacheConfig, FetchConfig, VerifyPolicy},
-    config::{Inputs, Settings},
+    agent::{AgentConfig, CacheConfig, FetchConfig, VerifyPolicy, access::Rules},
+    config::{Inputs, Settings, Source},
     origin::StoreSettings,
 };
 
 /// What the flags say, by setting.
 #[derive(Default)]
-pub struct Overrides(BTreeMap<&'static str, String>);
+pub struct Overrides {
+    flags: BTreeMap<&'static str, String>,
+    host_file: Option<PathBuf>,
+}
 
 impl Overrides {
     /// Of a mount: its prefetching besides.
     pub fn of_mount(args: &MountArgs) -> Self {
-        let mut overrides = Self::of(&args.catalog, &args.agent);
-        if let Some(prefetch) = &args.prefetch {
-            overrides.0.insert("prefetch", prefetch.clone());
+        Self::of(&args.catalog, &args.agent)
+            .and([("prefetch", &args.prefetch), ("idle_timeout", &args.idle_timeout)])
+    }
+
+    /// Of the `agent` command.
+    pub fn of_agent(args: &AgentArgs) -> Self {
+        Self {
+            host_file: args.config.clone(),
+            ..Self::of(&Default::default(), &args.agent)
         }
-        overrides
+        .and([
+            ("idle_timeout", &args.idle_timeout),
+            ("log_format", &args.log_format),
+            ("log_level", &args.log_level),
+        ])
+    }
+
+    fn and<const N: usize>(mut self, given: [(&'static str, &Option<String>); N]) -> Self {
+        let given = given
+            .into_iter()
+            .filter_map(|(key, value)| Some((key, value.clone()?)));
+        self.flags.extend(given);
+        self
     }
 
     pub fn of(catalog: &CatalogArgs, agent: &AgentSettingArgs) -> Self {
@@ -40,20 +65,21 @@ impl Overrides {
             ("connections", agent.connections.clone()),
             ("read_deadline", agent.read_deadline.clone()),
         ];
-        Self(
-            given
+        Self {
+            flags: given
                 .into_iter()
                 .filter_map(|(key, value)| Some((key, value?)))
                 .collect(),
-        )
+            host_file: None,
+        }
     }
 }
 
 pub fn load(overrides: &Overrides) -> Result<Settings, CliError> {
     let inputs = Inputs {
-        flags: overrides.0.clone(),
+        flags: overrides.flags.clone(),
         environment: unicode_environment().collect(),
-        host_file: None,
+        host_file: overrides.host_file.clone(),
         login: nix::unistd::User::from_uid(nix::unistd::geteuid())
             .ok()
             .flatten()
@@ -78,7 +104,8 @@ pub fn agent_arguments(settings: &Settings) -> Vec<String> {
     settings
         .explain()
         .into_iter()
-        .filter(|line| !matches!(line.key, "catalog" | "user" | "prefetch"))
+        // What concerns the caller travels with each request.
+        .filter(|line| !matches!(line.key, "catalog" | "user" | "prefetch" | "idle_timeout"))
         .map(|line| format!("--{}={}", line.key.replace('_', "-"), line.value))
         .collect()
 }
@@ -101,6 +128,34 @@ pub fn agent_config(settings: &Settings) -> Result<AgentConfig, CliError> {
             // memory is the tighter bound.
             max_readahead: 256 << 20,
         },
+        idle_timeout: settings.idle_timeout.value.0,
+    })
+}
+
+/// What an agent of many users lets them do.
+pub fn rules(settings: &Settings) -> Result<Rules, CliError> {
+    let shared = &settings.shared_agent;
+    let mut catalogs = shared.catalogs.clone();
+    // The catalog that the host's settings name is everybody's.
+    if settings.catalog.source != Source::Default {
+        catalogs.push(settings.catalog.value.clone());
+    }
+    let group = match &shared.group {
+        None => None,
+        Some(name) => match nix::unistd::Group::from_name(name).map_err(CliError::failed)? {
+            Some(group) => Some(group.gid.as_raw()),
+            None => {
+                let message = format!("agent.group: there is no group {name:?} on this host");
+                return Err(CliError::Usage(message));
+            }
+        },
+    };
+    Ok(Rules {
+        catalogs,
+        origins: shared.origins.clone(),
+        endpoints: shared.endpoints.clone(),
+        group,
+        ambient: store_settings()?,
     })
 }
 

@@ -20,7 +20,7 @@ use crate::{
         control::{MountInfo, MountRequest, UnmountOutcome, UnmountRequest, UnmountTarget},
         launch::{self, RuntimeDir, SYSTEM_SOCKET},
     },
-    config::Settings,
+    config::{Settings, Source},
     reference::{DatastoreName, Reference},
 };
 
@@ -70,6 +70,9 @@ pub fn request(args: &MountArgs, settings: &Settings) -> Result<MountRequest, Cl
         store_settings: config::store_settings()?,
         io_mode: args.io_mode.into(),
         prefetch: settings.prefetch.value,
+        share: args.share.map(Into::into).unwrap_or_default(),
+        idle_timeout: (settings.idle_timeout.source != Source::Default)
+            .then(|| settings.idle_timeout.value.0.map_or(0, |time| time.as_secs())),
     })
 }
 
@@ -101,11 +104,21 @@ fn default_mount_point(datastore: &DatastoreName) -> Result<PathBuf, CliError> {
     }
 }
 
-/// The path without `.` and `..`, which the agent, elsewhere in the tree, could not resolve as typed.
+/// The path without `.`, `..` and symbolic links, which the agent, elsewhere in the tree and with more
+/// rights, could not or would not resolve as typed.
 fn absolute(path: &Path) -> Result<PathBuf, CliError> {
     let path = std::path::absolute(path).map_err(CliError::failed)?;
-    if let Ok(canonical) = path.canonicalize() {
-        return Ok(canonical);
+    for above in path.ancestors() {
+        if let (Ok(canonical), Ok(below)) = (above.canonicalize(), path.strip_prefix(above)) {
+            let plain = |part| matches!(part, std::path::Component::Normal(_));
+            if below.components().all(plain) {
+                return Ok(if below.as_os_str().is_empty() {
+                    canonical
+                } else {
+                    canonical.join(below)
+                });
+            }
+        }
     }
     let mut clean = PathBuf::new();
     for part in path.components() {
@@ -184,7 +197,7 @@ pub async fn unmount(args: UnmountArgs) -> Result<(), CliError> {
         None if args.all => report(&args, &[]),
         None => {
             if let UnmountTarget::MountPoint(path) = &request.target
-                && let Some(outcome) = agent::unmount_orphan(path, args.lazy)
+                && let Some(outcome) = agent::unmount_orphan(path, args.lazy, None)
             {
                 return report(&args, &[outcome]);
             }
@@ -211,6 +224,10 @@ fn report(args: &UnmountArgs, outcomes: &[UnmountOutcome]) -> Result<(), CliErro
                 ));
                 result = Err(CliError::Told);
             }
+            None if !args.output.json && outcome.holds > 0 => output::print(&format!(
+                "{} stays at {place}: it was mounted {} more times\n",
+                outcome.reference, outcome.holds
+            )),
             None if !args.output.json => {
                 output::print(&format!("{} is no longer at {place}\n", outcome.reference))
             }

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{ConfigError, KEYS};
+use super::{ConfigError, KEYS, shared_agent::SharedAgent};
 
 /// A key this close to a known one was meant to be it.
 const NEAR: f64 = 0.7;
@@ -15,6 +15,24 @@ pub struct FileSettings {
     pub path: PathBuf,
     /// Key → value as text, line.
     pub values: BTreeMap<String, (String, usize)>,
+    /// The table `[agent]`.
+    pub shared_agent: Option<(SharedAgent, usize)>,
+}
+
+/// A place in a file, for errors.
+pub struct At<'file> {
+    path: &'file Path,
+    line: usize,
+}
+
+impl At<'_> {
+    pub fn error(&self, message: String) -> ConfigError {
+        ConfigError::File {
+            path: self.path.to_owned(),
+            line: self.line,
+            message,
+        }
+    }
 }
 
 impl FileSettings {
@@ -55,9 +73,18 @@ impl FileSettings {
                 )
             })?;
         let mut values = BTreeMap::new();
+        let mut shared_agent = None;
         for (key, value) in table {
             let line = line_of(key.span().start);
             let key = key.into_inner();
+            if key == "agent" {
+                let toml::Value::Table(table) = value.into_inner() else {
+                    return Err(error(line, "agent is a table: write [agent]".into()));
+                };
+                let at = At { path, line };
+                shared_agent = Some((SharedAgent::parse(table, &at)?, line));
+                continue;
+            }
             if !KEYS.contains(&key.as_str()) {
                 return Err(error(line, unknown(&key)));
             }
@@ -76,6 +103,7 @@ impl FileSettings {
         Ok(Self {
             path: path.to_owned(),
             values,
+            shared_agent,
         })
     }
 }

@@ -88,6 +88,12 @@ fn mistakes_name_the_file_and_the_line() {
         ("cache_size = [1]\n", 1, "array"),
         ("what is this\n", 1, ""),
         ("zzzzqqqq = 1\n", 1, "there are catalog"),
+        ("\n[agent]\norigin = []\n", 2, "agent.origin"),
+        ("[agent]\norigins = [\"ftp://x\"]\n", 1, "agent.origins"),
+        ("[agent]\nendpoints = [\"minio:9000\"]\n", 1, "https://host:port"),
+        ("agent = 1\n", 1, "[agent]"),
+        ("idle_timeout = \"soon\"\n", 1, "10m"),
+        ("log_level = \"loud\"\n", 1, "debug"),
     ] {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.toml");
@@ -111,6 +117,46 @@ fn mistakes_name_the_file_and_the_line() {
         error.contains("GRID_MOUNT_CACHE_SIZE") && error.contains("lots"),
         "{error}"
     );
+}
+
+#[test]
+fn a_shared_agents_rules_come_from_the_hosts_file_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let host_file = dir.path().join("host.toml");
+    let text = "user = \"x\"\n[agent]\ncatalogs = [\"s3://a/b\"]\norigins = [\"/srv\"]\ngroup = \"wheel\"\n";
+    std::fs::write(&host_file, text).unwrap();
+    let mut inputs = inputs(&[("XDG_CONFIG_HOME", dir.path().to_str().unwrap())]);
+    inputs.host_file = Some(host_file);
+    let shared = Settings::load(&inputs).unwrap().shared_agent;
+    assert_eq!(shared.catalogs, ["s3://a/b".parse().unwrap()]);
+    assert_eq!(shared.origins, ["file:///srv".parse().unwrap()]);
+    assert_eq!(shared.group.as_deref(), Some("wheel"));
+    std::fs::create_dir(dir.path().join("grid-mount")).unwrap();
+    std::fs::write(dir.path().join("grid-mount/config.toml"), "[agent]\n").unwrap();
+    let refused = Settings::load(&inputs).unwrap_err().to_string();
+    assert!(
+        refused.contains("config.toml:1:") && refused.contains("host"),
+        "{refused}"
+    );
+}
+
+#[test]
+fn idle_times() {
+    for (text, seconds) in [
+        ("90", 90),
+        ("90s", 90),
+        ("10m", 600),
+        ("2h", 7200),
+        ("1d", 86_400),
+    ] {
+        let time = text.parse::<IdleTimeout>().unwrap();
+        assert_eq!(time.0, Some(Duration::from_secs(seconds)));
+        assert_eq!(time.to_string().parse::<IdleTimeout>().unwrap(), time);
+    }
+    assert_eq!("never".parse(), Ok(IdleTimeout(None)));
+    for bad in ["", "0", "m", "10 m", "1w", "-1s", "99999999999999999999", "400d"] {
+        assert!(bad.parse::<IdleTimeout>().is_err(), "{bad}");
+    }
 }
 
 #[test]

@@ -52,7 +52,12 @@ pub struct MountLine {
 
 /// The mounts of this process's namespace, in the order they were made.
 pub fn mounts() -> io::Result<Vec<MountLine>> {
-    let text = std::fs::read("/proc/self/mountinfo")?;
+    mounts_of(Path::new("/proc/self"))
+}
+
+/// The mounts that a process sees, by its directory in `/proc`.
+pub fn mounts_of(process: &Path) -> io::Result<Vec<MountLine>> {
+    let text = std::fs::read(process.join("mountinfo"))?;
     Ok(text.split(|byte| *byte == b'\n').filter_map(parse).collect())
 }
 

@@ -120,6 +120,7 @@ const MOUNT_ATTR_RDONLY: u64 = 0x1;
 const MOUNT_ATTR_NOSUID: u64 = 0x2;
 const MOUNT_ATTR_NODEV: u64 = 0x4;
 const MOVE_MOUNT_F_EMPTY_PATH: u32 = 0x4;
+const MOVE_MOUNT_T_EMPTY_PATH: u32 = 0x40;
 
 fn open_context() -> io::Result<OwnedFd> {
     // SAFETY: a NUL-terminated string and a flag; the kernel keeps neither.
@@ -195,6 +196,61 @@ pub(super) fn attach(mount: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     .map(drop)
 }
 
+/// Puts a detached mount on an open directory, wherever that is by now; it must be in the mount namespace
+/// of the calling thread.
+pub fn attach_on(mount: BorrowedFd<'_>, dir: BorrowedFd<'_>) -> io::Result<()> {
+    let empty: &CStr = c"";
+    // SAFETY: an empty, NUL-terminated string that lives through the call.
+    result(unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            mount.as_raw_fd(),
+            empty.as_ptr(),
+            dir.as_raw_fd(),
+            empty.as_ptr(),
+            MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
+        )
+    })
+    .map(drop)
+}
+
+/// How a mount is to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leaving {
+    /// Not while somebody works in it.
+    Unused,
+    /// Now from the tree of files, and in full with its last user.
+    Detached,
+    /// Marks it; the second time, if nobody has as much as looked at it since, unmounts it.
+    Expired,
+}
+
+impl Leaving {
+    fn flags(self) -> MntFlags {
+        MntFlags::UMOUNT_NOFOLLOW
+            | match self {
+                Self::Unused => MntFlags::empty(),
+                Self::Detached => MntFlags::MNT_DETACH,
+                Self::Expired => MntFlags::MNT_EXPIRE,
+            }
+    }
+}
+
+/// Takes away the mount of `device` that lies on `name` in the working directory of the calling thread. No
+/// path is walked, so nobody can put another mount in its way. `Ok(false)`: marked, not unmounted.
+pub fn unmount_beside(name: &CStr, device: DeviceNo, leaving: Leaving) -> io::Result<bool> {
+    let name = Path::new(std::ffi::OsStr::from_bytes(name.to_bytes()));
+    // Looking would be use, and take the mark away.
+    if leaving != Leaving::Expired && mountinfo::device_at(name)? != device {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    match umount2(name, leaving.flags()) {
+        Ok(()) => Ok(true),
+        Err(nix::errno::Errno::EAGAIN) if leaving == Leaving::Expired => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// The kernel offers 128 KiB whatever it is asked at INIT; root can raise it afterwards. Without that
 /// the mount is slower, not wrong.
 pub(super) fn raise_readahead(device: DeviceNo, kib: u32) {
@@ -235,13 +291,16 @@ pub(super) fn unmount_path(
     };
     match way {
         Way::Kernel => {
-            let flags = MntFlags::UMOUNT_NOFOLLOW
-                | if lazy {
-                    MntFlags::MNT_DETACH
-                } else {
-                    MntFlags::empty()
-                };
-            match umount2(path, flags) {
+            let leaving = match lazy {
+                true => Leaving::Detached,
+                false => Leaving::Unused,
+            };
+            // The directory stays open while the path by way of it is used.
+            let (_above, path_now) = without_links(path).map_err(|source| UnmountError::Kernel {
+                path: path.into(),
+                source,
+            })?;
+            match umount2(&path_now, leaving.flags()) {
                 Ok(()) => Ok(()),
                 Err(nix::errno::Errno::EBUSY) => Err(busy()),
                 Err(error) => Err(UnmountError::Kernel {
@@ -255,6 +314,21 @@ pub(super) fn unmount_path(
             other => other,
         },
     }
+}
+
+/// The directory that a mount lies in, open, and the mount's path by way of it: nobody who may rename
+/// something above can lead root elsewhere with a symbolic link. Nothing looks at the mount itself.
+fn without_links(path: &Path) -> io::Result<(Option<OwnedFd>, PathBuf)> {
+    use nix::fcntl::{AT_FDCWD, OFlag, OpenHow, ResolveFlag, openat2};
+    let (Some(above), Some(name)) = (path.parent(), path.file_name()) else {
+        return Ok((None, path.to_owned()));
+    };
+    let how = OpenHow::new()
+        .flags(OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_NO_SYMLINKS);
+    let above = openat2(AT_FDCWD, above, how)?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}", above.as_raw_fd())).join(name);
+    Ok((Some(above), path))
 }
 
 #[cfg(test)]

@@ -124,9 +124,11 @@ fn store_with(
 /// What a store is opened with.
 #[derive(Clone)]
 pub(super) struct Access {
-    pub settings: StoreSettings,
+    settings: StoreSettings,
     /// The keys, where they are lent.
     pub borrowed: Option<Arc<Borrowed>>,
+    /// What is lent, keys included, as it was at first.
+    pub lent: StoreSettings,
 }
 
 impl Access {
@@ -136,6 +138,7 @@ impl Access {
             return Self {
                 settings: settings.clone(),
                 borrowed: None,
+                lent: StoreSettings::default(),
             };
         };
         let borrowed = match (lent(loan), url.kind()) {
@@ -147,19 +150,29 @@ impl Access {
         Self {
             settings: replaced(settings, loan),
             borrowed,
+            lent: loan.settings.clone(),
         }
     }
 
-    /// The control plane cannot be asked: with what was lent last, which `settings` hold.
-    pub fn resuming(url: &StoreUrl, settings: &StoreSettings, lender: Arc<Renewal>) -> Self {
+    /// The control plane cannot be asked: with what was lent `last`, if anything was.
+    pub fn resuming(
+        url: &StoreUrl,
+        settings: &StoreSettings,
+        last: &StoreSettings,
+        lender: Arc<Renewal>,
+    ) -> Self {
+        if last.is_empty() {
+            return Self::new(url, settings, None, lender);
+        }
         let last = Loan {
-            settings: settings.clone(),
+            settings: last.clone(),
             expires_in: None,
         };
         let keys = lent(&last).filter(|_| matches!(url.kind(), StoreKind::S3 { .. }));
         Self {
-            settings: settings.clone(),
+            settings: replaced(settings, &last),
             borrowed: keys.map(|lent| Borrowed::resuming_with(url.to_string(), lent.keys, lender)),
+            lent: last.settings,
         }
     }
 
