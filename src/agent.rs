@@ -11,6 +11,7 @@ pub mod control;
 mod idle;
 pub mod keeping;
 pub mod launch;
+mod lease;
 pub mod mount_point;
 pub mod server;
 pub mod snapshot;
@@ -174,7 +175,7 @@ struct Mount {
     holds: AtomicU32,
     mounted: Arc<Mounted>,
     /// Keeps the tree's file in the cache while it is mapped.
-    _snapshot: Arc<Snapshot>,
+    snapshot: Arc<Snapshot>,
 }
 
 /// Where something is mounted, as this agent tells mount points apart.
@@ -818,6 +819,7 @@ impl Mount {
             idle_timeout: idle_timeout.map(|time| time.as_secs()),
             holds: 1,
             already_mounted: false,
+            credentials: None,
         };
         Arc::new(Self {
             info,
@@ -825,7 +827,7 @@ impl Mount {
             idle_timeout,
             holds: AtomicU32::new(1),
             mounted: Arc::new(mounted),
-            _snapshot: snapshot,
+            snapshot,
         })
     }
 
@@ -839,6 +841,7 @@ impl Mount {
         MountInfo {
             requests,
             holds: self.holds.load(Ordering::Relaxed),
+            credentials: self.snapshot.resolved.loans.first().map(|loan| loan.state()),
             ..self.info.clone()
         }
     }
@@ -943,6 +946,12 @@ impl Reserved {
         runtime: &tokio::runtime::Handle,
     ) {
         let served = Arc::clone(&mount.mounted);
+        let lease = lease::hold(
+            &mount.snapshot.resolved.catalog,
+            mount.info.reference.clone(),
+            mount.info.since,
+            runtime,
+        );
         if let Some(timeout) = mount.idle_timeout {
             runtime.spawn(idle::watch(Arc::clone(&mount), timeout));
         }
@@ -957,6 +966,7 @@ impl Reserved {
                 Ended::Failed(error) => tracing::error!(mount_point = %shown, error, "the session failed"),
                 _ => tracing::info!(mount_point = %shown, "unmounted"),
             }
+            lease.release().await;
             let shared = self.agent.lies_below_another(&self.key, point.created());
             // Asks the keeper, and the caller's file system: both take a moment.
             let _ = tokio::task::spawn_blocking(move || {

@@ -10,7 +10,11 @@ mod sandbox;
 #[path = "support/weed.rs"]
 mod weed;
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use compare::assert_same_tree;
 use plane::{Administrator, somebody};
@@ -139,6 +143,16 @@ fn a_teammate_mounts_an_outsider_learns_nothing_and_a_revoked_token_is_over_at_o
 
     // A version that is retired: who has it reads on.
     b.ok(&["alice:images/2", b.path("mnt/two").to_str().unwrap()]);
+    // The mount tells of itself beside its work.
+    let patience = Instant::now() + Duration::from_secs(30);
+    while !a.ok(&["info", "images"]).contains("bob on") {
+        assert!(Instant::now() < patience, "the lease is not there");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(a.ok(&["status", "--global"]).contains("alice:images/2"));
+    assert!(c.ok(&["status", "--global"]).is_empty());
+    let said = a.fails(1, &["retire", "images/2"]);
+    assert!(said.contains("is mounted by bob on"), "{said}");
     a.ok(&["retire", "images/2", "--in-use"]);
     let said = b.fails(1, &["alice:images/2", b.path("mnt/again").to_str().unwrap()]);
     assert!(said.contains("was retired by alice"), "{said}");
@@ -180,6 +194,8 @@ fn a_control_plane_that_is_down_stops_no_reader_and_a_mount_waits_for_it() {
     data(&source);
     a.ok(&["publish", source.to_str().unwrap(), "images"]);
     a.ok(&["images", a.path("mnt/one").to_str().unwrap()]);
+    a.ok(&["images", a.path("mnt/gone").to_str().unwrap()]);
+    a.ok(&["unmount", a.path("mnt/gone").to_str().unwrap()]);
     let address = replica.address();
     drop(replica);
     assert_same_tree(&a, &source, &a.path("mnt/one"));

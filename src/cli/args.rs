@@ -241,6 +241,11 @@ Examples:
   grid-mount status
   grid-mount status --json | jq '.mounts[].mount_point'")]
 pub struct StatusArgs {
+    /// Who of the team has what mounted, on whatever host
+    #[arg(long)]
+    pub global: bool,
+    #[command(flatten)]
+    pub catalog: CatalogArgs,
     #[command(flatten)]
     pub output: OutputArgs,
     #[command(flatten)]

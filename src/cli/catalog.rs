@@ -11,7 +11,7 @@ use super::{
     output,
 };
 use crate::{
-    catalog::{self, Alias, Catalog, OriginLocation, Record},
+    catalog::{self, Alias, Catalog, Lease, OriginLocation, Record},
     config::{Settings, Source},
     origin::{StoreKind, StoreUrl},
     reference::{Reference, UserName, VersionNumber},
@@ -90,6 +90,8 @@ struct Info {
     /// Every version there is.
     versions: Vec<VersionNumber>,
     aliases: Vec<Alias>,
+    /// Who has which version mounted, as far as the catalog is told.
+    mounted: Vec<Lease>,
 }
 
 pub async fn info(args: InfoArgs) -> Result<(), CliError> {
@@ -101,8 +103,12 @@ pub async fn info(args: InfoArgs) -> Result<(), CliError> {
         .await
         .map_err(CliError::failed)?;
     let name = record.name();
-    let (versions, aliases) =
-        futures::try_join!(catalog.versions(&name), catalog.aliases(&name)).map_err(CliError::failed)?;
+    let (versions, aliases, mounted) = futures::try_join!(
+        catalog.versions(&name),
+        catalog.aliases(&name),
+        catalog.leases(&name)
+    )
+    .map_err(CliError::failed)?;
     let origin_url = match &record.origin {
         OriginLocation::Catalog => catalog.store().url().clone(),
         OriginLocation::Url(url) => url.clone(),
@@ -112,6 +118,7 @@ pub async fn info(args: InfoArgs) -> Result<(), CliError> {
         origin_url,
         versions,
         aliases,
+        mounted,
     };
     if args.output.json {
         output::print_json(&info);
@@ -128,6 +135,11 @@ fn text(info: &Info) -> String {
         .aliases
         .iter()
         .map(|alias| format!("{} → {}", alias.alias, alias.version))
+        .collect();
+    let mounted: Vec<String> = info
+        .mounted
+        .iter()
+        .map(|lease| format!("{} on {} ({})", lease.user, lease.host, lease.reference.version))
         .collect();
     let mut rows = vec![
         ("reference", record.reference().to_string()),
@@ -154,6 +166,7 @@ fn text(info: &Info) -> String {
         ("message", record.message.clone()),
         ("versions", versions.join(", ")),
         ("aliases", aliases.join(", ")),
+        ("mounted by", mounted.join(", ")),
     ];
     rows.retain(|(_, value)| !value.is_empty());
     rows.into_iter()

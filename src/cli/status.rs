@@ -13,6 +13,9 @@ struct Status {
 }
 
 pub async fn status(args: StatusArgs) -> Result<(), CliError> {
+    if args.global {
+        return super::team::mounted(args).await;
+    }
     let status = ask(&args).await?.unwrap_or(Status {
         agent: None,
         mounts: Vec::new(),

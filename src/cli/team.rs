@@ -1,8 +1,8 @@
-//! `grid-mount team`, `grid-mount retire`.
+//! `grid-mount team`, `retire`, `status --global`.
 
 use super::{
     CliError,
-    args::{RetireArgs, TeamArgs},
+    args::{RetireArgs, StatusArgs, TeamArgs},
     catalog::{me, open},
     config::{self, Overrides},
     output,
@@ -39,6 +39,35 @@ pub fn table(teams: &[Team]) -> String {
         })
         .collect();
     output::table(&["TEAM", "MEMBERS"], &rows)
+}
+
+/// `grid-mount status --global`
+pub async fn mounted(args: StatusArgs) -> Result<(), CliError> {
+    let settings = config::load(&Overrides::of(&args.catalog, &Default::default()))?;
+    let leases = open(&settings)
+        .await?
+        .all_leases()
+        .await
+        .map_err(CliError::failed)?;
+    if args.output.json {
+        output::print_json(&leases);
+    } else if leases.is_empty() {
+        output::note("nobody has anything mounted, as far as the catalog is told");
+    } else {
+        let rows: Vec<Vec<String>> = leases
+            .iter()
+            .map(|lease| {
+                vec![
+                    lease.reference.to_string(),
+                    lease.user.to_string(),
+                    lease.host.clone(),
+                    lease.since.strftime("%Y-%m-%d %H:%M:%SZ").to_string(),
+                ]
+            })
+            .collect();
+        output::print(&output::table(&["REFERENCE", "USER", "HOST", "SINCE"], &rows));
+    }
+    Ok(())
 }
 
 pub async fn retire(args: RetireArgs) -> Result<(), CliError> {
