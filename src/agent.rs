@@ -11,6 +11,7 @@ pub mod control;
 mod idle;
 pub mod keeping;
 pub mod launch;
+mod lease;
 pub mod metrics;
 pub mod mount_point;
 pub mod reload;
@@ -427,7 +428,7 @@ impl Agent {
         let snapshot = Arc::new(snapshot);
         let owner = caller.owner();
         let reference = snapshot.resolved.reference();
-        let mut entry = self.keeping.begin(request, &point, &snapshot.resolved.record);
+        let mut entry = self.keeping.begin(request, &point, &snapshot.resolved);
         let mut options = MountOptions::new(point.path(), reference.to_string(), owner);
         options.io_mode = request.io_mode;
         options.share = request.share != Share::None;
@@ -447,7 +448,8 @@ impl Agent {
             source,
         })?;
         if let Some(entry) = &mut entry {
-            entry.made(&mounted, &request.store_settings);
+            let kept = request.store_settings.with_lent(&snapshot.resolved.lent);
+            entry.made(&mounted, &kept);
         }
         tracing::info!(%reference, mount_point = %point.path().display(), uid = owner.uid, "mounted");
         let since = entry
@@ -526,7 +528,8 @@ impl Agent {
             caller: &caller,
             settings: &request.store_settings,
         };
-        let resolved = Resolved::again(remembered.record.clone(), &request.catalog, asking)?;
+        let store = remembered.tree_store.as_ref();
+        let resolved = Resolved::again(remembered.record.clone(), &request.catalog, store, asking).await?;
         let snapshot =
             tokio::time::timeout(RESUME_DEADLINE, resolved.fetch_tree(&self.cache, &self.trees)).await??;
         let snapshot = Arc::new(snapshot);
@@ -854,6 +857,7 @@ impl Mount {
             traffic: Traffic::default(),
             cached_percent: None,
             already_mounted: false,
+            credentials: None,
         };
         Arc::new(Self {
             info,
@@ -877,6 +881,7 @@ impl Mount {
             requests,
             holds: self.holds.load(Ordering::Relaxed),
             traffic: self.watch.traffic(&self.mounted),
+            credentials: self.snapshot.resolved.loans.first().map(|loan| loan.state()),
             ..self.info.clone()
         }
     }
@@ -982,6 +987,12 @@ impl Reserved {
         runtime: &tokio::runtime::Handle,
     ) {
         let served = Arc::clone(&mount);
+        let lease = lease::hold(
+            &mount.snapshot.resolved.catalog,
+            mount.info.reference.clone(),
+            mount.info.since,
+            runtime,
+        );
         if let Some(timeout) = mount.idle_timeout {
             runtime.spawn(idle::watch(Arc::clone(&mount), timeout));
         }
@@ -998,6 +1009,7 @@ impl Reserved {
             }
             served.log_report();
             drop(served);
+            lease.release().await;
             let shared = self.agent.lies_below_another(&self.key, point.created());
             // Asks the keeper, and the caller's file system: both take a moment.
             let _ = tokio::task::spawn_blocking(move || {

@@ -4,20 +4,25 @@
 //! Must not know FUSE or the cache.
 
 mod error;
+pub mod http;
+mod lease;
+pub mod protocol;
 pub mod sealed;
+pub mod server;
 pub mod store;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 pub use error::{CatalogError, Damage, Existing};
+pub use lease::{Lease, LeaseId};
 
 use crate::{
     digest::Digest,
-    origin::{Deadlines, Store, StoreSettings, StoreUrl},
+    origin::{Borrowed, Deadlines, Store, StoreSettings, StoreUrl},
     reference::{
         AliasName, DatastoreName, PinnedReference, QualifiedName, Reference, UserName, VersionNumber,
     },
@@ -104,16 +109,35 @@ pub struct Draft {
     pub totals: Totals,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DatastoreSummary {
     pub name: QualifiedName,
     pub latest: VersionNumber,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Alias {
     pub alias: AliasName,
     pub version: VersionNumber,
+}
+
+/// People who may read each other's datastores.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Team {
+    pub name: String,
+    pub members: Vec<UserName>,
+}
+
+/// The stores that one version is read from.
+pub struct Reading {
+    /// Its tree, and its sums.
+    pub trees: Store,
+    /// Its objects; no retries of its own.
+    pub objects: Store,
+    /// The keys that are lent for it, where they are.
+    pub loans: Vec<Arc<Borrowed>>,
+    /// The objects' keys and what came with them, as they are now: for whoever goes on with the mount.
+    pub lent: StoreSettings,
 }
 
 #[async_trait]
@@ -130,11 +154,68 @@ pub trait Catalog: Send + Sync {
     async fn publish(&self, draft: Draft) -> Result<Record, CatalogError>;
     /// Resolved once: owner `None` is `me`; latest and aliases become a number.
     async fn resolve(&self, reference: &Reference, me: &UserName) -> Result<Record, CatalogError>;
-    /// Where trees lie, and objects whose origin is [`OriginLocation::Catalog`].
+    /// Where trees lie, and objects whose origin is [`OriginLocation::Catalog`]. Publishing writes there.
     fn store(&self) -> &Store;
+
+    /// Who the catalog says I am; `None` where it takes everybody's word.
+    fn me(&self) -> Option<&UserName> {
+        None
+    }
+
+    /// Opens what the version is read from. `settings` are the caller's own.
+    async fn reading(&self, record: &Record, settings: &StoreSettings) -> Result<Reading, CatalogError> {
+        let url = match &record.origin {
+            OriginLocation::Catalog => self.store().url(),
+            OriginLocation::Url(url) => url,
+        };
+        let objects =
+            Store::open(url, settings, &Deadlines::data()).map_err(|source| CatalogError::Origin {
+                doing: "opening its origin",
+                source,
+            })?;
+        Ok(Reading {
+            trees: self.store().clone(),
+            objects,
+            loans: Vec::new(),
+            lent: StoreSettings::default(),
+        })
+    }
+
+    /// From now on nobody mounts the version; refused while somebody has it mounted, unless `although_used`.
+    async fn retire(
+        &self,
+        reference: &PinnedReference,
+        by: &UserName,
+        although_used: bool,
+    ) -> Result<(), CatalogError>;
+
+    /// Who has versions of the datastore mounted, as far as the catalog is told.
+    async fn leases(&self, name: &QualifiedName) -> Result<Vec<Lease>, CatalogError>;
+
+    /// Everybody's whom I may see.
+    async fn all_leases(&self) -> Result<Vec<Lease>, CatalogError> {
+        Ok(Vec::new())
+    }
+
+    /// Says, or says again, that the version is mounted here; answers within what time to say it again.
+    /// `None`: nobody wants to know.
+    async fn hold(&self, lease: &Lease) -> Result<Option<Duration>, CatalogError> {
+        let _ = lease;
+        Ok(None)
+    }
+
+    async fn release(&self, lease: &Lease) -> Result<(), CatalogError> {
+        let _ = lease;
+        Ok(())
+    }
+
+    /// My teams and who is in them; `None` where the catalog knows of none.
+    async fn teams(&self) -> Result<Option<Vec<Team>>, CatalogError> {
+        Ok(None)
+    }
 }
 
-/// The catalog at `url`. Only stores are catalogs so far.
+/// The catalog at `url`, which is a store: nothing is asked of it yet.
 pub fn open(
     url: &StoreUrl,
     settings: &StoreSettings,
@@ -149,4 +230,38 @@ pub fn open(
         source,
     })?;
     Ok(Arc::new(store::StoreCatalog::new(store)))
+}
+
+/// The catalog at `url`, of whatever kind; a control plane is asked who the caller is.
+pub async fn connect(url: &StoreUrl, settings: &StoreSettings) -> Result<Arc<dyn Catalog>, CatalogError> {
+    match url.scheme() {
+        "http" | "https" => Ok(Arc::new(http::HttpCatalog::connect(url, settings).await?)),
+        _ => open(url, settings, &Deadlines::control()),
+    }
+}
+
+/// As [`connect`], for whoever will publish.
+pub async fn connect_to_publish(
+    url: &StoreUrl,
+    settings: &StoreSettings,
+) -> Result<Arc<dyn Catalog>, CatalogError> {
+    match url.scheme() {
+        "http" | "https" => Ok(Arc::new(
+            http::HttpCatalog::connect_to_publish(url, settings).await?,
+        )),
+        _ => open(url, settings, &Deadlines::control()),
+    }
+}
+
+/// As [`connect`], but a control plane whose store is known is not asked: it may be down, and what was
+/// mounted goes on.
+pub async fn reconnect(
+    url: &StoreUrl,
+    settings: &StoreSettings,
+    store: Option<&StoreUrl>,
+) -> Result<Arc<dyn Catalog>, CatalogError> {
+    match (url.scheme(), store) {
+        ("http" | "https", Some(store)) => Ok(Arc::new(http::HttpCatalog::known(url, settings, store)?)),
+        _ => connect(url, settings).await,
+    }
 }

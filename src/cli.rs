@@ -5,6 +5,7 @@ mod args;
 mod cache;
 mod catalog;
 mod config;
+mod control_plane;
 mod demo;
 mod doctor;
 mod manual;
@@ -17,6 +18,7 @@ mod report;
 mod run;
 mod session;
 mod status;
+mod team;
 mod warm;
 
 use std::process::ExitCode;
@@ -85,6 +87,9 @@ fn perform(command: Command) -> Result<(), CliError> {
         Command::List(args) => block_on(catalog::list(args)),
         Command::Info(args) => block_on(catalog::info(args)),
         Command::Alias(args) => block_on(catalog::alias(args)),
+        Command::Retire(args) => block_on(team::retire(args)),
+        Command::Team(args) => block_on(team::team(args)),
+        Command::Catalog(args) => block_on(control_plane::admin(args)),
         Command::Publish(args) => block_on(publish::publish(args)),
         Command::Register(args) => block_on(publish::register(args)),
         Command::Cache(args) => block_on(cache::cache(args.command)),

@@ -75,9 +75,11 @@ const CRATES: &[(&str, &[&str])] = &[
     ("clap_mangen", &["cli"]),
     ("object_store", &["origin"]),
     ("indicatif", &["cli"]),
-    ("axum", &["agent"]),
-    // The date of a server's answer, which no store client tells.
-    ("reqwest", &["doctor"]),
+    // The control socket, and the control plane.
+    ("axum", &["agent", "catalog"]),
+    // The protocol's client, and the date of a server's answer, which no store client tells; `origin` has
+    // its own HTTP client underneath `object_store`.
+    ("reqwest", &["catalog", "doctor"]),
     ("memmap2", &["tree"]),
 ];
 

@@ -391,8 +391,17 @@ impl Rules {
             });
         };
         let family = match url.kind() {
-            // These know no credentials of these families.
-            StoreKind::File(_) | StoreKind::Http { .. } => {
+            // Who the caller is; no file, whoever may read it.
+            StoreKind::Http { .. } => {
+                let names = ["GRID_MOUNT_TOKEN", "GRID_USER_ID", "GRID_API_KEY"];
+                let theirs = names.iter().filter_map(|name| Some((name, settings.get(name)?)));
+                return Ok(Grant {
+                    settings: theirs.collect(),
+                    domain: format!("listed {listed}"),
+                });
+            }
+            // Knows no credentials of these families.
+            StoreKind::File(_) => {
                 return Ok(Grant {
                     settings: StoreSettings::default(),
                     domain: format!("listed {listed}"),

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 pub use crate::{fs::Share, fuse::IoModeWish, prefetch_policy::PrefetchPolicy};
 use crate::{
-    origin::{StoreSettings, StoreUrl},
+    origin::{LoanState, StoreSettings, StoreUrl},
     reference::{PinnedReference, UserName},
     tree::Totals,
 };
@@ -124,6 +124,9 @@ pub struct MountInfo {
     /// The mount was already there and is the one asked for.
     #[serde(default)]
     pub already_mounted: bool,
+    /// The keys that are lent to read it, where a control plane lends them.
+    #[serde(default)]
+    pub credentials: Option<LoanState>,
 }
 
 /// What a mount has done since this agent began to serve it.

@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     control::MountRequest,
     mount_point::{Elsewhere, MountPoint},
+    snapshot::Resolved,
     systemd::Manager,
 };
 use crate::{
@@ -27,7 +28,7 @@ use crate::{
     fuse::{self, Mounted, SUBTYPE},
     handover::MountState,
     keeper::{Held, KeeperError, Link},
-    origin::StoreSettings,
+    origin::{StoreSettings, StoreUrl},
 };
 
 /// Raised when a field changes its meaning; new fields alone do not raise it.
@@ -44,6 +45,9 @@ pub struct Remembered {
     pub created: Vec<PathBuf>,
     pub since: jiff::Timestamp,
     pub record: Record,
+    /// Where its tree lies: a control plane that is down need not be asked.
+    #[serde(default)]
+    pub tree_store: Option<StoreUrl>,
     /// Whose it is and where, of an agent of many users.
     #[serde(default)]
     pub elsewhere: Option<Elsewhere>,
@@ -135,7 +139,7 @@ impl Keeping {
         self: &Arc<Self>,
         request: &MountRequest,
         point: &MountPoint,
-        record: &Record,
+        resolved: &Resolved,
     ) -> Option<Entry> {
         let dir = self.dir.as_ref()?;
         let mut request = request.clone();
@@ -149,7 +153,8 @@ impl Keeping {
                 mount_point: point.path().to_owned(),
                 created: point.created().to_vec(),
                 since: jiff::Timestamp::now(),
-                record: record.clone(),
+                record: resolved.record.clone(),
+                tree_store: Some(resolved.tree_store().url().clone()),
                 elsewhere: point.elsewhere().cloned(),
                 state: None,
             },

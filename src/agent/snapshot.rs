@@ -18,7 +18,7 @@ use crate::{
         self, GridFs, Share,
         fetched::{Fetched, Sources},
     },
-    origin::{Deadlines, OriginError, Pin, Store, StoreSettings, StoreUrl},
+    origin::{Borrowed, OriginError, Pin, Store, StoreSettings, StoreUrl},
     prefetch_policy::PrefetchPolicy,
     reference::{PinnedReference, Reference, UserName},
     tree::{self, ObjectNo, RowNo, Tree, TreeError},
@@ -36,8 +36,6 @@ pub enum SnapshotError {
     Access(#[from] AccessError),
     #[error(transparent)]
     Catalog(#[from] CatalogError),
-    #[error("its origin cannot be opened")]
-    Origin(#[source] OriginError),
     #[error("its tree {key} cannot be fetched from {store}")]
     Fetch {
         key: String,
@@ -67,10 +65,15 @@ pub enum SnapshotError {
 /// A reference resolved: what it stands for, and where that lies.
 pub struct Resolved {
     pub record: Record,
-    catalog: Arc<dyn Catalog>,
+    pub catalog: Arc<dyn Catalog>,
     pub catalog_url: StoreUrl,
+    trees: Store,
     /// Where the objects lie; no retries of its own.
     pub origin: Store,
+    /// The keys that are lent for it.
+    pub loans: Vec<Arc<Borrowed>>,
+    /// What came with them: for the next agent.
+    pub lent: StoreSettings,
     /// Who may share its cached bytes.
     domain: String,
 }
@@ -92,13 +95,6 @@ pub struct Snapshot {
     pub handle: TreeHandle,
 }
 
-fn open_catalog(url: &StoreUrl, asking: Asking<'_>) -> Result<Arc<dyn Catalog>, SnapshotError> {
-    let granted = asking
-        .access
-        .grant(asking.caller, url, Asked::Catalog, asking.settings)?;
-    Ok(catalog::open(url, &granted.settings, &Deadlines::control())?)
-}
-
 impl Resolved {
     pub async fn new(
         reference: &Reference,
@@ -106,37 +102,59 @@ impl Resolved {
         user: &UserName,
         asking: Asking<'_>,
     ) -> Result<Self, SnapshotError> {
-        let catalog = open_catalog(catalog_url, asking)?;
+        let granted = asking
+            .access
+            .grant(asking.caller, catalog_url, Asked::Catalog, asking.settings)?;
+        let catalog = catalog::connect(catalog_url, &granted.settings).await?;
         let record = catalog.resolve(reference, user).await?;
-        Self::with(record, catalog, catalog_url, asking)
+        Self::with(record, catalog, catalog_url, asking).await
     }
 
-    /// As it was resolved before: asks nobody.
-    pub fn again(record: Record, catalog_url: &StoreUrl, asking: Asking<'_>) -> Result<Self, SnapshotError> {
-        let catalog = open_catalog(catalog_url, asking)?;
-        Self::with(record, catalog, catalog_url, asking)
+    /// As it was resolved before, its tree in `store`: asks nobody who may be down.
+    pub async fn again(
+        record: Record,
+        catalog_url: &StoreUrl,
+        store: Option<&StoreUrl>,
+        asking: Asking<'_>,
+    ) -> Result<Self, SnapshotError> {
+        let granted = asking
+            .access
+            .grant(asking.caller, catalog_url, Asked::Catalog, asking.settings)?;
+        let catalog = catalog::reconnect(catalog_url, &granted.settings, store).await?;
+        Self::with(record, catalog, catalog_url, asking).await
     }
 
-    fn with(
+    async fn with(
         record: Record,
         catalog: Arc<dyn Catalog>,
         catalog_url: &StoreUrl,
         asking: Asking<'_>,
     ) -> Result<Self, SnapshotError> {
-        let url = match &record.origin {
-            OriginLocation::Catalog => catalog.store().url().clone(),
-            OriginLocation::Url(url) => url.clone(),
+        let grant = |url| {
+            asking
+                .access
+                .grant(asking.caller, url, Asked::Origin, asking.settings)
         };
-        let granted = asking
-            .access
-            .grant(asking.caller, &url, Asked::Origin, asking.settings)?;
-        let origin =
-            Store::open(&url, &granted.settings, &Deadlines::data()).map_err(SnapshotError::Origin)?;
+        let store = catalog.store().url();
+        let granted = match &record.origin {
+            OriginLocation::Catalog => grant(store)?,
+            OriginLocation::Url(url) => grant(url)?,
+        };
+        let mut settings = granted.settings;
+        // A control plane names a store of its own.
+        if record.origin != OriginLocation::Catalog && store != catalog_url {
+            settings.extend(&grant(store)?.settings);
+        }
+        let settings = settings.with_lent(&asking.settings.lent());
+        let reading = catalog.reading(&record, &settings).await?;
         Ok(Self {
             record,
             catalog,
             catalog_url: catalog_url.clone(),
-            origin,
+            trees: reading.trees,
+            origin: reading.objects,
+            loans: reading.loans,
+            lent: reading.lent,
             domain: granted.domain,
         })
     }
@@ -147,7 +165,7 @@ impl Resolved {
 
     /// Where trees lie, and sums.
     pub fn tree_store(&self) -> &Store {
-        self.catalog.store()
+        &self.trees
     }
 
     /// Maps the tree; fetches it first if the cache has not got it. A tree that somebody is fetching is

@@ -1,6 +1,8 @@
 //! What can go wrong with a catalog, in words a person can act on.
 
-use std::fmt;
+use std::{fmt, time::Duration};
+
+use jiff::Timestamp;
 
 use crate::{
     origin::{OriginError, StoreUrl},
@@ -64,8 +66,58 @@ pub enum CatalogError {
     VersionsExhausted { name: QualifiedName },
     #[error("the message is too long: {bytes} bytes, at most {limit}")]
     MessageTooLong { bytes: usize, limit: usize },
-    #[error("{url} cannot be a catalog: catalogs are stores so far, at file://, s3://, gs:// or az://")]
+    #[error("{url} cannot be a catalog: a catalog is at file://, s3://, gs://, az://, http:// or https://")]
     UnsupportedScheme { url: StoreUrl },
+    /// Nobody learns whether there is such a user.
+    #[error("you share no team with anybody called {user}{}", or_list(.did_you_mean, "`grid-mount team` shows who is in yours"))]
+    NotInTeam {
+        user: UserName,
+        did_you_mean: Option<UserName>,
+    },
+    #[error("only {owner} may change {owner}'s datastores; you are {me}")]
+    NotYours { owner: UserName, me: UserName },
+    #[error("{reference} was retired{}; `grid-mount info {}` shows what there is", by_whom(.by, .at), .reference.name)]
+    Retired {
+        reference: PinnedReference,
+        by: Option<UserName>,
+        at: Option<Timestamp>,
+    },
+    #[error("{reference} is mounted by {}; retire it all the same with --in-use: they read on, nobody else mounts it", .holders.join(", "))]
+    InUse {
+        reference: PinnedReference,
+        holders: Vec<String>,
+    },
+    #[error("{cursor:?} is not where a page of this listing ends")]
+    BadCursor { cursor: String },
+    #[error(
+        "{catalog} does not accept who you say you are: {reason}; put your token in a file and name it in \
+         GRID_MOUNT_TOKEN_FILE, or set GRID_MOUNT_TOKEN, or GRID_USER_ID and GRID_API_KEY"
+    )]
+    WrongToken { catalog: String, reason: String },
+    #[error("{catalog} cannot be asked: {reason}")]
+    Client { catalog: String, reason: String },
+    #[error("{catalog} did not answer within {} s", .waited.as_secs())]
+    Unreachable {
+        catalog: String,
+        waited: Duration,
+        source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    },
+    #[error("{catalog} is overloaded or cannot reach its store: {detail}; try again later")]
+    Overloaded { catalog: String, detail: String },
+    #[error(
+        "this machine's clock is {} s {} that of {catalog}: stores refuse requests signed with such a clock; set the clock",
+        .seconds.unsigned_abs(), if *.seconds < 0 { "behind" } else { "ahead of" }
+    )]
+    ClockSkew { catalog: String, seconds: i64 },
+    #[error(
+        "{catalog} answered what this grid-mount does not understand ({what}); is it a grid-mount catalog?"
+    )]
+    BadAnswer { catalog: String, what: String },
+    /// The control plane's own words.
+    #[error("{catalog} refused: {detail}")]
+    Refused { catalog: String, detail: String },
+    #[error("the idempotency key was used for another version of {name}; publish again")]
+    KeyReused { name: QualifiedName },
     #[error("{doing} failed")]
     Origin {
         doing: &'static str,
@@ -137,6 +189,15 @@ impl fmt::Display for Existing {
         }
         Ok(())
     }
+}
+
+fn by_whom(by: &Option<UserName>, at: &Option<Timestamp>) -> String {
+    let by = by.as_ref().map(|by| format!(" by {by}")).unwrap_or_default();
+    let at = at
+        .as_ref()
+        .map(|at| format!(" on {}", at.strftime("%Y-%m-%d")))
+        .unwrap_or_default();
+    by + &at
 }
 
 fn or_list(did_you_mean: &Option<impl fmt::Display>, otherwise: &str) -> String {

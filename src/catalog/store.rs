@@ -3,6 +3,7 @@
 //! ```text
 //! records/<owner>/<datastore>/<version, 20 digits>.json   one per version, created, never changed
 //! aliases/<owner>/<datastore>/<alias>.json                small, overwritten
+//! retired/…, leases/…                                     see `team`
 //! probe/put-if-absent                                     which store was found to refuse overwriting
 //! probe/<random>                                          the probe itself, removed again
 //! trees/…, objects/…                                      what `publish` writes; see there
@@ -22,13 +23,14 @@
 mod layout;
 mod publish;
 mod records;
+mod team;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 use serde::{Deserialize, Serialize};
 
-use super::{Alias, Catalog, CatalogError, Damage, DatastoreSummary, Draft, Existing, Record, sealed};
+use super::{Alias, Catalog, CatalogError, Damage, DatastoreSummary, Draft, Existing, Lease, Record, sealed};
 use crate::{
     origin::{OriginError, Store},
     reference::{
@@ -211,6 +213,13 @@ impl<R: RecordStore> StoreCatalog<R> {
         Ok(None)
     }
 
+    async fn no_such_version(&self, reference: &PinnedReference) -> Result<CatalogError, CatalogError> {
+        Ok(CatalogError::NoSuchVersion {
+            reference: reference.clone(),
+            existing: Existing(self.versions(&reference.name).await?),
+        })
+    }
+
     async fn no_such_alias(
         &self,
         name: &QualifiedName,
@@ -289,7 +298,7 @@ impl<R: RecordStore> Catalog for StoreCatalog<R> {
         .await?;
         let summaries: Vec<Option<DatastoreSummary>> =
             stream::iter(names.into_iter().flatten().map(async |name| {
-                let latest = self.numbers(&name).await?.last().copied();
+                let latest = self.available(&name).await?.last().copied();
                 // Without a version it is not there yet.
                 Ok::<_, CatalogError>(latest.map(|latest| DatastoreSummary { name, latest }))
             }))
@@ -311,7 +320,7 @@ impl<R: RecordStore> Catalog for StoreCatalog<R> {
     }
 
     async fn versions(&self, name: &QualifiedName) -> Result<Vec<VersionNumber>, CatalogError> {
-        let versions = self.numbers(name).await?;
+        let versions = self.available(name).await?;
         if versions.is_empty() {
             Err(self.why_empty(name).await?)
         } else {
@@ -320,12 +329,10 @@ impl<R: RecordStore> Catalog for StoreCatalog<R> {
     }
 
     async fn record(&self, reference: &PinnedReference) -> Result<Record, CatalogError> {
-        match self.find(reference).await? {
-            Some(record) => Ok(record),
-            None => Err(CatalogError::NoSuchVersion {
-                reference: reference.clone(),
-                existing: Existing(self.versions(&reference.name).await?),
-            }),
+        let found = async { self.find(reference).await };
+        match futures::try_join!(found, self.refuse_retired(reference))? {
+            (Some(record), ()) => Ok(record),
+            (None, ()) => Err(self.no_such_version(reference).await?),
         }
     }
 
@@ -396,6 +403,19 @@ impl<R: RecordStore> Catalog for StoreCatalog<R> {
             }
             error => Err(error),
         }
+    }
+
+    async fn retire(
+        &self,
+        reference: &PinnedReference,
+        by: &UserName,
+        although_used: bool,
+    ) -> Result<(), CatalogError> {
+        self.retire_version(reference, by, although_used).await
+    }
+
+    async fn leases(&self, name: &QualifiedName) -> Result<Vec<Lease>, CatalogError> {
+        self.leases_of(name, None).await
     }
 
     fn store(&self) -> &Store {

@@ -11,27 +11,31 @@ use super::{
     output,
 };
 use crate::{
-    catalog::{self, Alias, Catalog, OriginLocation, Record},
+    catalog::{self, Alias, Catalog, Lease, OriginLocation, Record},
     config::{Settings, Source},
-    origin::{Deadlines, StoreKind, StoreUrl},
+    origin::{StoreKind, StoreUrl},
     reference::{Reference, UserName, VersionNumber},
 };
 
 /// The catalog in force. The embedded one is there from the start: nobody has to make it.
-pub fn open(settings: &Settings) -> Result<Arc<dyn Catalog>, CliError> {
+pub async fn open(settings: &Settings) -> Result<Arc<dyn Catalog>, CliError> {
     if settings.catalog.source == Source::Default {
         make_directory(&settings.catalog.value)?;
     }
-    connect(settings)
+    let store_settings = config::store_settings()?;
+    let connected = catalog::connect(&settings.catalog.value, &store_settings).await;
+    connected.map_err(CliError::failed)
 }
 
 /// As [`open`], for publishing: a directory that is named as catalog for the first time is made.
-pub fn open_to_publish(settings: &Settings) -> Result<Arc<dyn Catalog>, CliError> {
+pub async fn open_to_publish(settings: &Settings) -> Result<Arc<dyn Catalog>, CliError> {
     make_directory(&settings.catalog.value)?;
-    connect(settings)
+    let store_settings = config::store_settings()?;
+    let connected = catalog::connect_to_publish(&settings.catalog.value, &store_settings).await;
+    connected.map_err(CliError::failed)
 }
 
-fn make_directory(catalog: &StoreUrl) -> Result<(), CliError> {
+pub fn make_directory(catalog: &StoreUrl) -> Result<(), CliError> {
     let StoreKind::File(dir) = catalog.kind() else {
         return Ok(());
     };
@@ -39,24 +43,22 @@ fn make_directory(catalog: &StoreUrl) -> Result<(), CliError> {
         .map_err(|error| CliError::Failed(format!("the catalog {catalog} cannot be made: {error}").into()))
 }
 
-fn connect(settings: &Settings) -> Result<Arc<dyn Catalog>, CliError> {
-    let store_settings = config::store_settings()?;
-    catalog::open(&settings.catalog.value, &store_settings, &Deadlines::control()).map_err(
-        |error| match error {
-            error @ catalog::CatalogError::UnsupportedScheme { .. } => CliError::usage(error),
-            error => CliError::failed(error),
-        },
-    )
+/// Who I am: as the catalog says, where it knows.
+pub fn me(catalog: &dyn Catalog, settings: &Settings) -> UserName {
+    catalog.me().unwrap_or(&settings.user.value).clone()
 }
 
 pub async fn list(args: ListArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of(&args.catalog, &Default::default()))?;
-    let owner = match (&args.owner, args.global) {
+    let named = args.owner.as_deref().map(str::parse::<UserName>);
+    let named = named.transpose().map_err(CliError::usage)?;
+    let catalog = open(&settings).await?;
+    let owner = match (named, args.global) {
         (_, true) => None,
-        (Some(owner), false) => Some(owner.parse::<UserName>().map_err(CliError::usage)?),
-        (None, false) => Some(settings.user.value.clone()),
+        (Some(owner), false) => Some(owner),
+        (None, false) => Some(me(&*catalog, &settings)),
     };
-    let found = open(&settings)?.list(owner.as_ref()).await;
+    let found = catalog.list(owner.as_ref()).await;
     let datastores = match found {
         // Having published nothing is no error of mine; a teammate's name that nobody has is.
         Err(catalog::CatalogError::NoSuchUser { .. }) if args.owner.is_none() => Vec::new(),
@@ -88,19 +90,25 @@ struct Info {
     /// Every version there is.
     versions: Vec<VersionNumber>,
     aliases: Vec<Alias>,
+    /// Who has which version mounted, as far as the catalog is told.
+    mounted: Vec<Lease>,
 }
 
 pub async fn info(args: InfoArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of(&args.catalog, &Default::default()))?;
     let reference: Reference = args.reference.parse().map_err(CliError::usage)?;
-    let catalog = open(&settings)?;
+    let catalog = open(&settings).await?;
     let record = catalog
         .resolve(&reference, &settings.user.value)
         .await
         .map_err(CliError::failed)?;
     let name = record.name();
-    let (versions, aliases) =
-        futures::try_join!(catalog.versions(&name), catalog.aliases(&name)).map_err(CliError::failed)?;
+    let (versions, aliases, mounted) = futures::try_join!(
+        catalog.versions(&name),
+        catalog.aliases(&name),
+        catalog.leases(&name)
+    )
+    .map_err(CliError::failed)?;
     let origin_url = match &record.origin {
         OriginLocation::Catalog => catalog.store().url().clone(),
         OriginLocation::Url(url) => url.clone(),
@@ -110,6 +118,7 @@ pub async fn info(args: InfoArgs) -> Result<(), CliError> {
         origin_url,
         versions,
         aliases,
+        mounted,
     };
     if args.output.json {
         output::print_json(&info);
@@ -126,6 +135,11 @@ fn text(info: &Info) -> String {
         .aliases
         .iter()
         .map(|alias| format!("{} → {}", alias.alias, alias.version))
+        .collect();
+    let mounted: Vec<String> = info
+        .mounted
+        .iter()
+        .map(|lease| format!("{} on {} ({})", lease.user, lease.host, lease.reference.version))
         .collect();
     let mut rows = vec![
         ("reference", record.reference().to_string()),
@@ -152,6 +166,7 @@ fn text(info: &Info) -> String {
         ("message", record.message.clone()),
         ("versions", versions.join(", ")),
         ("aliases", aliases.join(", ")),
+        ("mounted by", mounted.join(", ")),
     ];
     rows.retain(|(_, value)| !value.is_empty());
     rows.into_iter()
@@ -163,9 +178,9 @@ pub async fn alias(args: AliasArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of(&args.catalog, &Default::default()))?;
     let reference: Reference = args.reference.parse().map_err(CliError::usage)?;
     let alias = args.alias.parse().map_err(CliError::usage)?;
-    let catalog = open(&settings)?;
+    let catalog = open(&settings).await?;
     if args.remove {
-        let name = reference.qualify(&settings.user.value);
+        let name = reference.qualify(&me(&*catalog, &settings));
         catalog
             .remove_alias(&name, &alias)
             .await

@@ -35,7 +35,7 @@ pub async fn doctor(args: DoctorArgs) -> Result<(), CliError> {
     };
     if settings.catalog.source == crate::config::Source::Default {
         // It is there from the start: `list` would make it as well.
-        super::catalog::open(&settings)?;
+        super::catalog::open(&settings).await?;
     }
     let findings = doctor::examine(patient).await;
     if args.output.json {

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::{
     CliError,
     args::{CatalogArgs, OutputArgs, PublishArgs, RegisterArgs},
-    catalog::open_to_publish,
+    catalog::{me, open_to_publish},
     config::{self, Overrides},
     output,
     progress::Shown,
@@ -17,7 +17,7 @@ use crate::{
     config::Settings,
     origin::{Deadlines, Store, StoreUrl},
     publish::{self, Progress, PublishError, PublishOptions, Published, Report},
-    reference::{QualifiedName, Reference, VersionSelector},
+    reference::{Reference, VersionSelector},
 };
 
 /// The shape of `publish --json` and `register --json`.
@@ -29,8 +29,9 @@ struct Outcome<'published> {
 }
 
 pub async fn publish(args: PublishArgs) -> Result<(), CliError> {
-    let (settings, name) = prepare(&args.catalog, &args.name)?;
-    let catalog = open_to_publish(&settings)?;
+    let (settings, reference) = prepare(&args.catalog, &args.name)?;
+    let catalog = open_to_publish(&settings).await?;
+    let name = reference.qualify(&me(&*catalog, &settings));
     let scratch = tempfile::tempdir().map_err(CliError::failed)?;
     let mut options = PublishOptions::new(scratch.path());
     options.message = args.message;
@@ -42,9 +43,10 @@ pub async fn publish(args: PublishArgs) -> Result<(), CliError> {
 }
 
 pub async fn register(args: RegisterArgs) -> Result<(), CliError> {
-    let (settings, name) = prepare(&args.catalog, &args.name)?;
+    let (settings, reference) = prepare(&args.catalog, &args.name)?;
     let url: StoreUrl = args.url.parse().map_err(CliError::usage)?;
-    let catalog = open_to_publish(&settings)?;
+    let catalog = open_to_publish(&settings).await?;
+    let name = reference.qualify(&me(&*catalog, &settings));
     let store_settings = config::store_settings()?;
     let store = Store::open(&url, &store_settings, &Deadlines::control()).map_err(CliError::failed)?;
     let scratch = tempfile::tempdir().map_err(CliError::failed)?;
@@ -57,7 +59,7 @@ pub async fn register(args: RegisterArgs) -> Result<(), CliError> {
 }
 
 /// Whose and which datastore: only my own can be published.
-fn prepare(catalog: &CatalogArgs, name: &str) -> Result<(Settings, QualifiedName), CliError> {
+fn prepare(catalog: &CatalogArgs, name: &str) -> Result<(Settings, Reference), CliError> {
     let settings = config::load(&Overrides::of(catalog, &Default::default()))?;
     let reference: Reference = name.parse().map_err(CliError::usage)?;
     if reference.version != VersionSelector::Latest || name.contains('/') {
@@ -65,8 +67,7 @@ fn prepare(catalog: &CatalogArgs, name: &str) -> Result<(Settings, QualifiedName
             "{name}: name a datastore without a version; publishing gives it the next one"
         )));
     }
-    let name = reference.qualify(&settings.user.value);
-    Ok((settings, name))
+    Ok((settings, reference))
 }
 
 /// Waits for the end or for Ctrl-C; an interrupted publish is not visible, and goes on where it was.

@@ -20,7 +20,7 @@ use super::{
 use crate::{
     agent::control::{AgentInfo, MountInfo},
     catalog,
-    origin::{Deadlines, StoreUrl},
+    origin::StoreUrl,
     reference::{QualifiedName, Reference, VersionNumber, VersionSelector},
 };
 
@@ -52,6 +52,9 @@ struct Shown {
 type News = BTreeMap<(String, QualifiedName), VersionNumber>;
 
 pub async fn status(args: StatusArgs) -> Result<(), CliError> {
+    if args.global {
+        return super::team::mounted(args).await;
+    }
     let mut news = News::new();
     let mut asked: Option<Instant> = None;
     let mut screen = Screen::default();
@@ -160,7 +163,7 @@ async fn newest(mounts: &[MountInfo]) -> News {
     let settings = &settings;
     let answers = futures::stream::iter(wanted)
         .map(|(key, url)| async move {
-            let catalog = catalog::open(&url, settings, &Deadlines::control()).ok()?;
+            let catalog = catalog::connect(&url, settings).await.ok()?;
             let versions = catalog.versions(&key.1).await.ok()?;
             Some((key, *versions.last()?))
         })

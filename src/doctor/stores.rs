@@ -48,7 +48,7 @@ async fn catalog(patient: &Patient) -> Finding {
     let shown = &patient.catalog;
     let started = Instant::now();
     let asked = async {
-        let catalog = catalog::open(shown, &patient.store_settings, &Deadlines::control())?;
+        let catalog = catalog::connect(shown, &patient.store_settings).await?;
         match catalog.list(Some(&patient.user)).await {
             // Nothing published yet is an answer.
             Ok(_) | Err(CatalogError::NoSuchUser { .. }) => Ok(()),

@@ -126,6 +126,17 @@ impl Borrowed {
         borrowed
     }
 
+    /// With keys of which nobody knows how long they last: used until others can be had.
+    pub fn resuming_with(store: impl Into<String>, keys: Keys, lender: Arc<dyn Lender>) -> Arc<Self> {
+        let borrowed = Self::new(store, lender);
+        borrowed.accept(Lent {
+            keys,
+            expires_in: None,
+        });
+        borrowed.state.lock().renew_at = Some(Instant::now());
+        borrowed
+    }
+
     pub fn state(&self) -> LoanState {
         let state = self.state.lock();
         LoanState {

@@ -13,13 +13,24 @@ use serde::{Deserialize, Serialize};
 use super::OriginError;
 
 /// `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_NAME`, …: only names of
-/// these three families are kept. They travel from the caller to the agent, so they serialize; `Debug`
+/// these three families are kept, and who the caller is for a control plane (`GRID_MOUNT_TOKEN`, …). They travel from the caller to the agent, so they serialize; `Debug`
 /// never shows a value.
 #[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct StoreSettings(BTreeMap<String, String>);
 
 const FAMILIES: [&str; 3] = ["AWS_", "GOOGLE_", "AZURE_"];
+/// Before the names of settings that a control plane lent.
+const LENT: &str = "LENT_";
+/// Who the caller is for a control plane, and which certificates are believed.
+const NAMES: [&str; 6] = [
+    "GRID_MOUNT_TOKEN",
+    "GRID_MOUNT_TOKEN_FILE",
+    "GRID_USER_ID",
+    "GRID_API_KEY",
+    "SSL_CERT_FILE",
+    "REQUESTS_CA_BUNDLE",
+];
 
 impl StoreSettings {
     /// The settings of this process' environment, with the AWS profile it names (or `default`) filled in
@@ -28,7 +39,23 @@ impl StoreSettings {
         let settings: Self = std::env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
             .collect();
-        settings.with_profile(std::env::var_os("HOME").map(PathBuf::from).as_deref())
+        settings
+            .with_token()
+            .with_profile(std::env::var_os("HOME").map(PathBuf::from).as_deref())
+    }
+
+    /// The token itself beside its file, which an agent of many users does not open. One that cannot be read is
+    /// an error only where somebody asks for it.
+    fn with_token(mut self) -> Self {
+        let file = self.get("GRID_MOUNT_TOKEN_FILE").map(PathBuf::from);
+        let short =
+            |path: &PathBuf| std::fs::metadata(path).is_ok_and(|file| file.is_file() && file.len() < 4096);
+        if let Some(path) = file.filter(short)
+            && let Ok(text) = std::fs::read_to_string(path)
+        {
+            self.set("GRID_MOUNT_TOKEN", text.trim());
+        }
+        self
     }
 
     pub fn get(&self, name: &str) -> Option<&str> {
@@ -37,9 +64,44 @@ impl StoreSettings {
 
     pub fn set(&mut self, name: &str, value: &str) {
         let name = name.to_ascii_uppercase();
-        if !value.is_empty() && FAMILIES.iter().any(|family| name.starts_with(family)) {
+        let known = FAMILIES.iter().any(|family| name.starts_with(family)) || NAMES.contains(&name.as_str());
+        if !value.is_empty() && known {
             self.0.insert(name, value.to_owned());
         }
+    }
+
+    /// Takes over everything that is set in `others`.
+    pub fn extend(&mut self, others: &Self) {
+        for (name, value) in &others.0 {
+            self.0.insert(name.clone(), value.clone());
+        }
+    }
+
+    /// Without what belongs to `family` (`AWS_`).
+    #[must_use]
+    pub fn without(&self, family: &str) -> Self {
+        let kept = self.0.iter().filter(|(name, _)| !name.starts_with(family));
+        Self(kept.map(|(name, value)| (name.clone(), value.clone())).collect())
+    }
+
+    /// Keeps `lent` beside the settings, where no store looks for it.
+    #[must_use]
+    pub fn with_lent(&self, lent: &Self) -> Self {
+        let mut all = self.clone();
+        let lent = lent.0.iter().filter(|(name, _)| !name.starts_with(LENT));
+        all.0
+            .extend(lent.map(|(name, value)| (format!("{LENT}{name}"), value.clone())));
+        all
+    }
+
+    /// What was kept so.
+    #[must_use]
+    pub fn lent(&self) -> Self {
+        let kept = self.0.iter();
+        Self(
+            kept.filter_map(|(name, value)| Some((name.strip_prefix(LENT)?.to_owned(), value.clone())))
+                .collect(),
+        )
     }
 
     pub fn is_empty(&self) -> bool {

@@ -6,7 +6,7 @@ use std::sync::Mutex;
 
 use async_trait::async_trait;
 use grid_mount::{
-    catalog::{Alias, Catalog, CatalogError, DatastoreSummary, Draft, Record},
+    catalog::{Alias, Catalog, CatalogError, DatastoreSummary, Draft, Lease, Record},
     origin::{Deadlines, Store, StoreSettings, StoreUrl},
     reference::{AliasName, PinnedReference, QualifiedName, Reference, UserName, VersionNumber},
 };
@@ -96,6 +96,14 @@ impl Catalog for Records {
     }
 
     async fn resolve(&self, _: &Reference, _: &UserName) -> Result<Record, CatalogError> {
+        not_here()
+    }
+
+    async fn retire(&self, _: &PinnedReference, _: &UserName, _: bool) -> Result<(), CatalogError> {
+        not_here()
+    }
+
+    async fn leases(&self, _: &QualifiedName) -> Result<Vec<Lease>, CatalogError> {
         not_here()
     }
 

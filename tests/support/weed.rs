@@ -108,7 +108,9 @@ impl Weed {
             &config,
             format!(
                 r#"{{"identities": [{{"name": "test", "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-                    "credentials": [{{"accessKey": "{ACCESS_KEY}", "secretKey": "{SECRET_KEY}"}}]}}]}}"#
+                    "credentials": [{{"accessKey": "{ACCESS_KEY}", "secretKey": "{SECRET_KEY}"}}]}},
+                    {{"name": "reader", "actions": ["Read"],
+                    "credentials": [{{"accessKey": "grid-reader", "secretKey": "grid-reader-secret"}}]}}]}}"#
             ),
         )
         .map_err(|e| e.to_string())?;

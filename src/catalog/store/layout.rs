@@ -1,6 +1,9 @@
 //! Where things lie in a store catalog. Pure functions between names and keys.
 
-use crate::reference::{AliasName, PinnedReference, QualifiedName, UserName, VersionNumber};
+use crate::{
+    catalog::{Lease, LeaseId},
+    reference::{AliasName, DatastoreName, PinnedReference, QualifiedName, UserName, VersionNumber},
+};
 
 pub(super) const RECORDS: &str = "records/";
 /// Names the store that was probed: a catalog copied to another store is probed there again.
@@ -31,6 +34,53 @@ pub(super) fn aliases_of(name: &QualifiedName) -> String {
 
 pub(super) fn alias(name: &QualifiedName, alias: &AliasName) -> String {
     format!("{}{alias}.json", aliases_of(name))
+}
+
+/// The datastore and the version of a record's key below its owner's prefix.
+pub(super) fn datastore_and_version(prefix: &str, key: &str) -> Option<(DatastoreName, VersionNumber)> {
+    let (datastore, file) = key.strip_prefix(prefix)?.split_once('/')?;
+    Some((datastore.parse().ok()?, version(file)?))
+}
+
+pub(super) fn retired_of_user(owner: &UserName) -> String {
+    format!("retired/{owner}/")
+}
+
+pub(super) fn retired_of(name: &QualifiedName) -> String {
+    format!("retired/{}/{}/", name.owner, name.datastore)
+}
+
+pub(super) fn retired(reference: &PinnedReference) -> String {
+    format!(
+        "{}{:0DIGITS$}.json",
+        retired_of(&reference.name),
+        reference.version.get()
+    )
+}
+
+pub(super) fn leases_of_owner(owner: &UserName) -> String {
+    format!("leases/{owner}/")
+}
+
+pub(super) fn leases_of(name: &QualifiedName) -> String {
+    format!("leases/{}/{}/", name.owner, name.datastore)
+}
+
+pub(super) fn leases_of_version(reference: &PinnedReference) -> String {
+    format!(
+        "{}{:0DIGITS$}/",
+        leases_of(&reference.name),
+        reference.version.get()
+    )
+}
+
+/// The user stands in the key, so that nobody can write another's lease. The id has a fixed length.
+pub(super) fn lease_key(reference: &PinnedReference, id: &LeaseId, user: &UserName) -> String {
+    format!("{}{id}.{user}.json", leases_of_version(reference))
+}
+
+pub(super) fn lease(lease: &Lease) -> String {
+    lease_key(&lease.reference, &lease.id, &lease.user)
 }
 
 pub(super) fn probe(nonce: &str) -> String {

@@ -18,13 +18,27 @@ const NUMBERS: usize = 100;
 /// Tries to find out what became of one number.
 const SETTLES: usize = 6;
 
+/// A repeated request is recognised among this many versions back.
+const REMEMBERED: usize = 8;
+
 enum Claim {
-    Mine,
+    /// What is stored: an earlier try may have left it.
+    Mine(Box<Record>),
     Taken,
 }
 
 impl<R: RecordStore> StoreCatalog<R> {
     pub(super) async fn publish_draft(&self, draft: Draft) -> Result<Record, CatalogError> {
+        self.publish_as(draft, nonce(), false).await
+    }
+
+    /// As [`publish`](crate::catalog::Catalog::publish), but however often it is repeated with the same
+    /// `nonce`, through however many processes, there is one version.
+    pub async fn publish_once(&self, draft: Draft, nonce: String) -> Result<Record, CatalogError> {
+        self.publish_as(draft, nonce, true).await
+    }
+
+    async fn publish_as(&self, draft: Draft, nonce: String, repeated: bool) -> Result<Record, CatalogError> {
         if draft.message.len() > MESSAGE_LIMIT {
             return Err(CatalogError::MessageTooLong {
                 bytes: draft.message.len(),
@@ -42,13 +56,18 @@ impl<R: RecordStore> StoreCatalog<R> {
             created: Timestamp::now(),
             message: draft.message,
             totals: draft.totals,
-            nonce: nonce(),
+            nonce,
         };
         let mut lost: Option<VersionNumber> = None;
         for round in 0..NUMBERS {
-            record.version = self.next_version(&draft.name, lost).await?;
+            let listed = self.numbers(&draft.name).await?;
+            if repeated && let Some(earlier) = self.with_nonce(&record, &listed).await? {
+                return Ok(earlier);
+            }
+            // What is not listed and has the next number is compared when the number is claimed.
+            record.version = next_version(&draft.name, listed.last().copied().max(lost))?;
             match self.claim(&record).await? {
-                Claim::Mine => return Ok(record),
+                Claim::Mine(stored) => return same(&record, *stored),
                 Claim::Taken => lost = Some(record.version),
             }
             pause(round).await;
@@ -59,19 +78,19 @@ impl<R: RecordStore> StoreCatalog<R> {
         })
     }
 
-    /// The number after the highest: of those listed, and of those known to be taken.
-    async fn next_version(
+    /// The record that an earlier try left, among the last few.
+    async fn with_nonce(
         &self,
-        name: &QualifiedName,
-        lost: Option<VersionNumber>,
-    ) -> Result<VersionNumber, CatalogError> {
-        let listed = self.numbers(name).await?.last().copied();
-        match listed.max(lost) {
-            None => Ok(VersionNumber::FIRST),
-            Some(highest) => highest
-                .next()
-                .ok_or_else(|| CatalogError::VersionsExhausted { name: name.clone() }),
+        record: &Record,
+        listed: &[VersionNumber],
+    ) -> Result<Option<Record>, CatalogError> {
+        for version in listed.iter().rev().take(REMEMBERED) {
+            let found = self.find(&record.name().at(*version)).await?;
+            if let Some(found) = found.filter(|found| found.nonce == record.nonce) {
+                return same(record, found).map(Some);
+            }
         }
+        Ok(None)
     }
 
     /// Creates the record under its number. Does not return before it is known whose the number is: an
@@ -90,12 +109,14 @@ impl<R: RecordStore> StoreCatalog<R> {
         let mut last = None;
         for round in 0..SETTLES {
             let failed = match self.records.put_if_absent(&key, bytes.clone()).await {
-                Ok(PutOutcome::Created) => return Ok(Claim::Mine),
+                Ok(PutOutcome::Created) => return Ok(Claim::Mine(Box::new(record.clone()))),
                 Ok(PutOutcome::AlreadyExists) => None,
                 Err(error) => Some(error),
             };
             match (self.find(&reference).await, failed) {
-                (Ok(Some(found)), _) if found.nonce == record.nonce => return Ok(Claim::Mine),
+                (Ok(Some(found)), _) if found.nonce == record.nonce => {
+                    return Ok(Claim::Mine(Box::new(found)));
+                }
                 (Ok(Some(_)), _) => return Ok(Claim::Taken),
                 // A definite refusal (denied, no bucket, read-only): nothing was written, now or earlier.
                 (_, Some(error)) if !error.is_retryable() && round == 0 => {
@@ -155,6 +176,29 @@ impl<R: RecordStore> StoreCatalog<R> {
                 store: self.records.location(),
             }),
         }
+    }
+}
+
+/// The stored record, if it is what was to be stored.
+fn same(record: &Record, stored: Record) -> Result<Record, CatalogError> {
+    let same = stored.tree == record.tree
+        && stored.origin == record.origin
+        && stored.message == record.message
+        && stored.totals == record.totals;
+    if same {
+        Ok(stored)
+    } else {
+        Err(CatalogError::KeyReused { name: record.name() })
+    }
+}
+
+/// The number after the highest: of those listed, and of those known to be taken.
+fn next_version(name: &QualifiedName, highest: Option<VersionNumber>) -> Result<VersionNumber, CatalogError> {
+    match highest {
+        None => Ok(VersionNumber::FIRST),
+        Some(highest) => highest
+            .next()
+            .ok_or_else(|| CatalogError::VersionsExhausted { name: name.clone() }),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt, stream::BoxStream};
 
 use crate::origin::{Level, OriginError, PutOutcome, Store};
 
@@ -16,6 +17,8 @@ pub trait RecordStore: Send + Sync {
     async fn put_if_absent(&self, key: &str, bytes: Bytes) -> Result<PutOutcome, OriginError>;
     async fn delete(&self, key: &str) -> Result<(), OriginError>;
     async fn list_level(&self, prefix: &str) -> Result<Level, OriginError>;
+    /// Every key below `prefix` and after `after`, in order; nothing where there is no such prefix.
+    fn list(&self, prefix: &str, after: Option<&str>) -> BoxStream<'static, Result<String, OriginError>>;
 }
 
 #[async_trait]
@@ -46,5 +49,15 @@ impl RecordStore for Store {
 
     async fn list_level(&self, prefix: &str) -> Result<Level, OriginError> {
         Store::list_level(self, prefix).await
+    }
+
+    fn list(&self, prefix: &str, after: Option<&str>) -> BoxStream<'static, Result<String, OriginError>> {
+        Store::list(self, prefix, after)
+            .map_ok(|object| object.key)
+            .filter(|key| {
+                let absent = matches!(key, Err(OriginError::NotFound { .. }));
+                futures::future::ready(!absent)
+            })
+            .boxed()
     }
 }

@@ -155,6 +155,19 @@ impl RecordStore for Memory {
         level.prefixes = prefixes.into_iter().collect();
         Ok(level)
     }
+
+    fn list(
+        &self,
+        prefix: &str,
+        after: Option<&str>,
+    ) -> stream::BoxStream<'static, Result<String, OriginError>> {
+        let keys = self.keys().into_iter();
+        let wanted: Vec<_> = keys
+            .filter(|key| key.starts_with(prefix) && after.is_none_or(|after| key.as_str() > after))
+            .map(Ok)
+            .collect();
+        stream::iter(wanted).boxed()
+    }
 }
 
 fn catalog() -> StoreCatalog<Memory> {
