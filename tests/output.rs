@@ -3,116 +3,14 @@
 
 #[path = "support/sandbox.rs"]
 mod sandbox;
+#[path = "support/shape.rs"]
+mod shape;
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs,
-    os::unix::fs::symlink,
-    path::Path,
-};
+use std::{fs, os::unix::fs::symlink, path::Path};
 
 use sandbox::{Sandbox, skip, told};
 use serde_json::Value;
-
-/// One section of the document: field → the types it may have.
-struct Shape {
-    section: &'static str,
-    fields: BTreeMap<String, BTreeSet<String>>,
-    seen: BTreeSet<String>,
-}
-
-impl Shape {
-    fn of(section: &'static str) -> Self {
-        let document =
-            fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/json.md")).unwrap();
-        let fields = document
-            .split("\n## ")
-            .find(|text| {
-                text.lines()
-                    .next()
-                    .is_some_and(|heading| heading.contains(&format!("`{section}`")))
-            })
-            .unwrap_or_else(|| panic!("docs/json.md has no section `{section}`"))
-            .lines()
-            .filter_map(|line| {
-                let mut cells = line.strip_prefix("| `")?.split('|');
-                let field = cells.next()?.trim().trim_end_matches('`').to_owned();
-                let types = cells.next()?.trim().split(" or ").map(str::to_owned).collect();
-                Some((field, types))
-            })
-            .collect();
-        Self {
-            section,
-            fields,
-            seen: BTreeSet::new(),
-        }
-    }
-
-    /// What was printed, parsed: it has no field that is not written down.
-    fn take(&mut self, printed: &str) -> Value {
-        let value: Value = serde_json::from_str(printed).unwrap_or_else(|error| panic!("{error}: {printed}"));
-        self.walk("", &value);
-        value
-    }
-
-    fn walk(&mut self, path: &str, value: &Value) {
-        let found = match value {
-            Value::Array(elements) => {
-                for element in elements {
-                    self.walk(&format!("{path}[]"), element);
-                }
-                return;
-            }
-            Value::Object(fields) => {
-                for (name, field) in fields {
-                    let joined = |name: &str| {
-                        if path.is_empty() {
-                            name.to_owned()
-                        } else {
-                            format!("{path}.{name}")
-                        }
-                    };
-                    // A key that is data is written down as `*`.
-                    let any = joined("*");
-                    let is_data = self
-                        .fields
-                        .keys()
-                        .any(|field| *field == any || field.starts_with(&format!("{any}.")));
-                    self.walk(&if is_data { any } else { joined(name) }, field);
-                }
-                return;
-            }
-            Value::Null => "null",
-            Value::Bool(_) => "boolean",
-            Value::String(_) => "string",
-            Value::Number(number) if number.is_u64() => "integer",
-            Value::Number(_) => "number",
-        };
-        let section = self.section;
-        let types = self
-            .fields
-            .get(path)
-            .unwrap_or_else(|| panic!("docs/json.md does not tell of {path:?} in what `{section}` prints"));
-        assert!(
-            types.contains(found),
-            "{section}: {path} is {found}, docs/json.md says {types:?}"
-        );
-        self.seen.insert(path.to_owned());
-    }
-
-    fn was_all_seen(self) {
-        let unseen: Vec<_> = self
-            .fields
-            .keys()
-            .filter(|field| !self.seen.contains(*field))
-            .collect();
-        assert!(
-            unseen.is_empty(),
-            "`{}` never printed these fields of docs/json.md: {unseen:?}",
-            self.section
-        );
-    }
-}
+use shape::Shape;
 
 fn source(sandbox: &Sandbox) -> String {
     let source = sandbox.path("source");
