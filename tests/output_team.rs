@@ -13,7 +13,7 @@ use std::{fs, path::Path};
 
 use plane::{Administrator, somebody};
 use s3_origin::S3Origin;
-use sandbox::{Sandbox, skip};
+use sandbox::{Sandbox, skip, told};
 use shape::Shape;
 
 #[test]
@@ -90,6 +90,33 @@ fn what_a_team_prints() {
         "{printed}"
     );
     alice.ok(&["unmount", "--all"]);
+
+    // As Grid's command line leaves it: an address, and a file with who she is.
+    let grid = Sandbox::new().env("GRID_URL", &replica.url);
+    let credentials = format!("{{\"UserID\": \"alice\", \"APIKey\": \"{token}\"}}");
+    let nobody = || {
+        grid.grid(&["list"])
+            .env_remove("GRID_MOUNT_USER")
+            .output()
+            .unwrap()
+    };
+    assert!(!nobody().status.success());
+    fs::create_dir(grid.path("home/.grid")).unwrap();
+    fs::write(grid.path("home/.grid/credentials.json"), credentials).unwrap();
+    let listed = nobody();
+    assert!(
+        String::from_utf8_lossy(&listed.stdout).contains("alice:data"),
+        "{}",
+        told(&listed)
+    );
+    grid.ok(&["alice:data", grid.path("mnt").to_str().unwrap()]);
+    assert_eq!(fs::read(grid.path("mnt/a")).unwrap(), b"text");
+    grid.ok(&["unmount", "--all"]);
+    let settings = grid.ok(&["config"]);
+    assert!(
+        settings.contains("environment GRID_URL") && !settings.contains(&token),
+        "{settings}"
+    );
 
     // What whoever runs it sees.
     assert_eq!(administrator.ok(&["user", "list"]), "alice\nbob\n");
