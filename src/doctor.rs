@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use crate::{
-    origin::{StoreSettings, StoreUrl},
+    origin::{LoanState, StoreSettings, StoreUrl},
     reference::UserName,
 };
 
@@ -117,6 +117,8 @@ pub struct Patient {
     pub store_settings: StoreSettings,
     /// Where the bytes of what is mounted come from.
     pub origins: Vec<StoreUrl>,
+    /// What keys are lent for, and how these do.
+    pub loans: Vec<(String, LoanState)>,
     /// Mend what is safe to mend.
     pub fix: bool,
 }

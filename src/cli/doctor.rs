@@ -14,12 +14,15 @@ use crate::doctor::{self, Finding, Fix, Patient, Verdict};
 pub async fn doctor(args: DoctorArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of(&args.catalog, &args.agent))?;
     let agent = config::agent_config(&settings)?;
-    let mut origins = Vec::new();
+    let (mut origins, mut loans) = (Vec::new(), Vec::new());
     // No agent, or one that does not answer, is no reason not to look.
     if let Ok(Some(client)) = mount::connect(&args.socket).await
         && let Ok(mounts) = client.mounts().await
     {
-        origins.extend(mounts.into_iter().map(|mount| mount.origin));
+        for mount in mounts {
+            origins.push(mount.origin);
+            loans.extend(mount.credentials.map(|loan| (mount.reference.to_string(), loan)));
+        }
     }
     let patient = Patient {
         root: "/".into(),
@@ -31,6 +34,7 @@ pub async fn doctor(args: DoctorArgs) -> Result<(), CliError> {
         user: settings.user.value.clone(),
         store_settings: config::store_settings()?,
         origins,
+        loans,
         fix: args.fix,
     };
     if settings.catalog.source == crate::config::Source::Default {

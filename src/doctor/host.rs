@@ -289,6 +289,7 @@ mod tests {
             user: "alice".parse().unwrap(),
             store_settings: Default::default(),
             origins: Vec::new(),
+            loans: Vec::new(),
             fix: false,
         };
         (dir, patient)

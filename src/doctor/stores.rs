@@ -9,7 +9,7 @@ use super::{Finding, Patient, Verdict};
 use crate::{
     catalog::{self, CatalogError},
     causes::in_one_line,
-    origin::{Deadlines, Store, StoreSettings, StoreUrl},
+    origin::{Deadlines, LoanState, Store, StoreKind, StoreSettings, StoreUrl},
 };
 
 /// For one question to one store.
@@ -29,7 +29,10 @@ pub(super) async fn examine(patient: &Patient) -> Vec<Finding> {
         findings.push(origin(patient, url).await);
     }
     urls.insert(patient.catalog.to_string(), patient.catalog.clone());
-    findings.extend(expiry(&patient.store_settings, jiff::Timestamp::now()));
+    let now = jiff::Timestamp::now();
+    let asked_with = expiry(&patient.store_settings, now);
+    findings.extend(asked_with.or_else(|| keys(urls.values(), &patient.store_settings)));
+    findings.extend(patient.loans.iter().map(|(of, loan)| lent(of, loan, now)));
     let mut servers = BTreeMap::new();
     for url in urls.values() {
         if let Ok(store) = Store::open(url, &patient.store_settings, &Deadlines::control())
@@ -121,6 +124,65 @@ fn expiry(settings: &StoreSettings, now: jiff::Timestamp) -> Option<Finding> {
     })
 }
 
+/// Whether there are any, where they do not say for how long.
+fn keys<'urls>(mut urls: impl Iterator<Item = &'urls StoreUrl>, settings: &StoreSettings) -> Option<Finding> {
+    if !urls.any(|url| matches!(url.kind(), StoreKind::S3 { .. })) {
+        return None;
+    }
+    let has = |name| settings.get(name).is_some();
+    if has("AWS_ACCESS_KEY_ID") && has("AWS_SECRET_ACCESS_KEY") {
+        let found = "there are AWS keys; they do not say how long they are good for";
+        return Some(Finding::good("credentials", found));
+    }
+    if has("AWS_SKIP_SIGNATURE") {
+        return Some(Finding::good("credentials", "AWS stores are asked without any"));
+    }
+    let elsewhere = [
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    ];
+    Some(match elsewhere.into_iter().find(|name| has(name)) {
+        Some(name) => Finding::good("credentials", format!("AWS credentials come from {name}")),
+        None => Finding::new(
+            "credentials",
+            Verdict::Note,
+            "there are no AWS credentials: this machine's own are asked for",
+        )
+        .costs("where it has none, every request fails, and only after a while")
+        .mend("set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"),
+    })
+}
+
+/// Keys that a control plane lends for a mount, and renews by itself.
+fn lent(reference: &str, loan: &LoanState, now: jiff::Timestamp) -> Finding {
+    let why = loan.last_error.as_deref().unwrap_or("nobody renewed them");
+    let bad = |verdict, found: String| {
+        Finding::new("lent-credentials", verdict, found)
+            .costs("what is not in the cache cannot be read")
+            .mend("see that the control plane is up and your token is good (`grid-mount team`)")
+    };
+    let left = loan.expires.map(|until| until.as_second() - now.as_second());
+    if loan.expired || left.is_some_and(|left| left <= 0) {
+        return bad(
+            Verdict::Bad,
+            format!("the keys lent for {reference} have run out: {why}"),
+        );
+    }
+    if loan.last_error.is_some() {
+        let found = format!("the keys lent for {reference} are not renewed: {why}");
+        return bad(Verdict::Warning, found);
+    }
+    let until = left.map_or_else(String::new, |left| format!(" for {left} s more"));
+    Finding::good(
+        "lent-credentials",
+        format!(
+            "the keys lent for {reference} are good{until}, renewed {} times",
+            loan.renewals
+        ),
+    )
+}
+
 /// The HTTP server behind a store, if it is one.
 fn server(canonical: &str) -> Option<url::Url> {
     let at = canonical.find("http")?;
@@ -175,6 +237,44 @@ mod tests {
             assert_eq!(expiry(&settings, now).unwrap().verdict, verdict, "{until}");
         }
         assert!(expiry(&StoreSettings::default(), now).is_none());
+    }
+
+    #[test]
+    fn whose_credentials_are_used_is_told() {
+        let s3: [StoreUrl; 1] = ["s3://bucket/x".parse().unwrap()];
+        let verdict = |pairs: &[(&str, &str)]| {
+            let settings = pairs.iter().copied().collect();
+            keys(s3.iter(), &settings).unwrap().verdict
+        };
+        let given = [("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b")];
+        assert_eq!(verdict(&given), Verdict::Good);
+        assert_eq!(verdict(&given[..1]), Verdict::Note);
+        assert_eq!(verdict(&[("AWS_WEB_IDENTITY_TOKEN_FILE", "/x")]), Verdict::Good);
+        assert_eq!(verdict(&[]), Verdict::Note);
+        let directory: [StoreUrl; 1] = ["file:///x".parse().unwrap()];
+        assert!(keys(directory.iter(), &StoreSettings::default()).is_none());
+    }
+
+    #[test]
+    fn lent_keys_that_end_or_are_not_renewed_are_told_of() {
+        let now: jiff::Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
+        let loan = |expires: &str, expired, error: Option<&str>| LoanState {
+            expires: Some(expires.parse().unwrap()),
+            expired,
+            last_error: error.map(str::to_owned),
+            ..LoanState::default()
+        };
+        for (loan, verdict) in [
+            (loan("2026-01-01T00:10:00Z", false, None), Verdict::Good),
+            (
+                loan("2026-01-01T00:10:00Z", false, Some("refused")),
+                Verdict::Warning,
+            ),
+            (loan("2026-01-01T00:10:00Z", true, Some("refused")), Verdict::Bad),
+            (loan("2025-12-31T00:00:00Z", false, None), Verdict::Bad),
+        ] {
+            assert_eq!(lent("alice:data/1", &loan, now).verdict, verdict, "{loan:?}");
+        }
     }
 
     #[test]
