@@ -8,6 +8,7 @@ mod config;
 mod control_plane;
 mod demo;
 mod doctor;
+mod logging;
 mod manual;
 mod mount;
 mod mount_grid;

@@ -456,16 +456,10 @@ impl Settings {
         let layers = Layers { inputs, files };
         let home = |found: Option<PathBuf>| found.ok_or(ConfigError::NoHome);
         Ok(Self {
-            catalog: layers.get("catalog", str::parse, || {
-                let dir = home(inputs.xdg("XDG_DATA_HOME", ".local/share"))?.join("grid-mount/catalog");
-                let url = url::Url::from_directory_path(&dir).map_err(|()| ConfigError::NoHome)?;
-                url.as_str()
-                    .parse()
-                    .map_err(|error: OriginError| ConfigError::Value {
-                        source_of: Source::Default,
-                        message: error.to_string(),
-                    })
-            })?,
+            catalog: match (layers.raw("catalog"), inputs.variable(grid::URL)) {
+                (None, Some(url)) => grid::control_plane(url)?,
+                _ => layers.get("catalog", str::parse, || embedded_catalog(inputs))?,
+            },
             user: match layers.raw("user") {
                 Some(_) => layers.get("user", str::parse, || Err(ConfigError::NoUser))?,
                 None => user_by_default(inputs)?,
@@ -524,6 +518,19 @@ impl Settings {
             line("metrics_listen", &self.metrics_listen),
         ]
     }
+}
+
+/// A directory below the home directory: everything works without any server.
+fn embedded_catalog(inputs: &Inputs) -> Result<StoreUrl, ConfigError> {
+    let data = inputs.xdg("XDG_DATA_HOME", ".local/share");
+    let dir = data.ok_or(ConfigError::NoHome)?.join("grid-mount/catalog");
+    let url = url::Url::from_directory_path(&dir).map_err(|()| ConfigError::NoHome)?;
+    url.as_str()
+        .parse()
+        .map_err(|error: OriginError| ConfigError::Value {
+            source_of: Source::Default,
+            message: error.to_string(),
+        })
 }
 
 /// Who somebody is to Grid, else to this host.

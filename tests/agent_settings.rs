@@ -271,3 +271,46 @@ fn the_socket_is_for_all_and_its_directory_for_nobody_else() {
         sandbox::told(&refused)
     );
 }
+
+#[test]
+fn the_journal_is_told_how_bad_each_line_is() {
+    use std::os::unix::fs::MetadataExt;
+    let sandbox = Sandbox::new();
+    for form in ["text", "json"] {
+        let path = sandbox.path(form);
+        let log = fs::File::create(&path).unwrap();
+        let metadata = log.metadata().unwrap();
+        let mut agent = sandbox
+            .grid(&["agent", "--own-agent", "--log-format", form])
+            .env("JOURNAL_STREAM", format!("{}:{}", metadata.dev(), metadata.ino()))
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        let begun = Instant::now();
+        while sandbox.status()["agent"].is_null() {
+            assert!(
+                begun.elapsed() < DEADLINE,
+                "{}",
+                fs::read_to_string(&path).unwrap()
+            );
+            thread::sleep(Duration::from_millis(20));
+        }
+        nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(agent.id().try_into().unwrap()),
+            Signal::SIGTERM,
+        )
+        .unwrap();
+        assert!(agent.wait().unwrap().success());
+        let log = fs::read_to_string(&path).unwrap();
+        assert!(log.contains("asked to end"), "{log}");
+        for line in log.lines() {
+            let (priority, rest) = line.split_at(3);
+            assert!(["<3>", "<4>", "<6>"].contains(&priority), "{line}");
+            assert_eq!(
+                serde_json::from_str::<serde_json::Value>(rest).is_ok(),
+                form == "json",
+                "{line}"
+            );
+        }
+    }
+}

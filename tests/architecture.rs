@@ -17,6 +17,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("publish", &["tree", "origin", "catalog", "reference"]),
     ("cache", &[]),
     ("fetch", &["cache", "origin"]),
+    // Names objects by their numbers in a tree.
+    ("profile", &["tree"]),
     ("fs", &["tree", "fetch", "cache"]),
     ("fuse", &["fs", "tree"]),
     ("handover", &["fs", "fuse", "tree"]),

@@ -3,116 +3,14 @@
 
 #[path = "support/sandbox.rs"]
 mod sandbox;
+#[path = "support/shape.rs"]
+mod shape;
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs,
-    os::unix::fs::symlink,
-    path::Path,
-};
+use std::{fs, os::unix::fs::symlink, path::Path};
 
 use sandbox::{Sandbox, skip, told};
 use serde_json::Value;
-
-/// One section of the document: field → the types it may have.
-struct Shape {
-    section: &'static str,
-    fields: BTreeMap<String, BTreeSet<String>>,
-    seen: BTreeSet<String>,
-}
-
-impl Shape {
-    fn of(section: &'static str) -> Self {
-        let document =
-            fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/json.md")).unwrap();
-        let fields = document
-            .split("\n## ")
-            .find(|text| {
-                text.lines()
-                    .next()
-                    .is_some_and(|heading| heading.contains(&format!("`{section}`")))
-            })
-            .unwrap_or_else(|| panic!("docs/json.md has no section `{section}`"))
-            .lines()
-            .filter_map(|line| {
-                let mut cells = line.strip_prefix("| `")?.split('|');
-                let field = cells.next()?.trim().trim_end_matches('`').to_owned();
-                let types = cells.next()?.trim().split(" or ").map(str::to_owned).collect();
-                Some((field, types))
-            })
-            .collect();
-        Self {
-            section,
-            fields,
-            seen: BTreeSet::new(),
-        }
-    }
-
-    /// What was printed, parsed: it has no field that is not written down.
-    fn take(&mut self, printed: &str) -> Value {
-        let value: Value = serde_json::from_str(printed).unwrap_or_else(|error| panic!("{error}: {printed}"));
-        self.walk("", &value);
-        value
-    }
-
-    fn walk(&mut self, path: &str, value: &Value) {
-        let found = match value {
-            Value::Array(elements) => {
-                for element in elements {
-                    self.walk(&format!("{path}[]"), element);
-                }
-                return;
-            }
-            Value::Object(fields) => {
-                for (name, field) in fields {
-                    let joined = |name: &str| {
-                        if path.is_empty() {
-                            name.to_owned()
-                        } else {
-                            format!("{path}.{name}")
-                        }
-                    };
-                    // A key that is data is written down as `*`.
-                    let any = joined("*");
-                    let is_data = self
-                        .fields
-                        .keys()
-                        .any(|field| *field == any || field.starts_with(&format!("{any}.")));
-                    self.walk(&if is_data { any } else { joined(name) }, field);
-                }
-                return;
-            }
-            Value::Null => "null",
-            Value::Bool(_) => "boolean",
-            Value::String(_) => "string",
-            Value::Number(number) if number.is_u64() => "integer",
-            Value::Number(_) => "number",
-        };
-        let section = self.section;
-        let types = self
-            .fields
-            .get(path)
-            .unwrap_or_else(|| panic!("docs/json.md does not tell of {path:?} in what `{section}` prints"));
-        assert!(
-            types.contains(found),
-            "{section}: {path} is {found}, docs/json.md says {types:?}"
-        );
-        self.seen.insert(path.to_owned());
-    }
-
-    fn was_all_seen(self) {
-        let unseen: Vec<_> = self
-            .fields
-            .keys()
-            .filter(|field| !self.seen.contains(*field))
-            .collect();
-        assert!(
-            unseen.is_empty(),
-            "`{}` never printed these fields of docs/json.md: {unseen:?}",
-            self.section
-        );
-    }
-}
+use shape::Shape;
 
 fn source(sandbox: &Sandbox) -> String {
     let source = sandbox.path("source");
@@ -247,7 +145,7 @@ fn what_the_mount_commands_print() {
     assert_eq!(fs::read(Path::new(point).join("a")).unwrap(), b"one");
     let again = mount.take(&sandbox.ok(&["mount", "data", point, "--json"]));
     assert_eq!(again["already_mounted"], true);
-    mount.was_all_seen();
+    mount.was_all_seen_but("credentials.");
 
     let busy = status.take(&sandbox.ok(&["status", "--json"]));
     assert_eq!(busy["mounts"][0]["mount_point"], point);
@@ -263,7 +161,7 @@ fn what_the_mount_commands_print() {
     sandbox.ok(&["publish", &source, "data"]);
     let newer = status.take(&sandbox.ok(&["status", "data", "--json"]));
     assert_eq!(newer["mounts"][0]["newer_version"], 2);
-    status.was_all_seen();
+    status.was_all_seen_but("mounts[].credentials.");
     let shown = sandbox.ok(&["status"]);
     for told in [
         "alice:data/1 at ",
@@ -438,4 +336,42 @@ fn what_doctor_prints() {
         text.contains("kernel: Linux ") && !text.contains('\u{1b}'),
         "{text}"
     );
+}
+
+/// Every command that prints JSON has its section, and each of these files a test of it.
+#[test]
+fn every_shape_is_written_down_and_looked_at() {
+    let sandbox = Sandbox::new();
+    let dir = sandbox.path("man");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let document = fs::read_to_string(root.join("docs/json.md")).unwrap();
+    let tests: String = ["output.rs", "output_team.rs", "agent_protocol.rs"]
+        .map(|file| fs::read_to_string(root.join("tests").join(file)).unwrap())
+        .concat();
+    for page in sandbox.ok(&["man", "--dir", dir.to_str().unwrap()]).lines() {
+        let text = fs::read_to_string(page).unwrap().replace("\\-", "-");
+        let name = Path::new(page).file_stem().unwrap().to_str().unwrap();
+        let command = name.trim_start_matches("grid-mount").trim_start_matches('-');
+        if command.is_empty() || !text.contains("\\fB--json\\fR") {
+            continue;
+        }
+        // One word of two for the commands below a command.
+        let command = match command.split_once('-') {
+            Some((above @ ("cache" | "session" | "catalog"), below)) => format!("{above} {below}"),
+            _ => command.to_owned(),
+        };
+        if command == "cache path" {
+            continue;
+        }
+        let heading = document
+            .lines()
+            .find(|line| line.starts_with("## ") && line.contains(&format!("`{command}`")));
+        let heading = heading.unwrap_or_else(|| panic!("docs/json.md has no section `{command}`"));
+        let looked_at = heading
+            .split('`')
+            .skip(1)
+            .step_by(2)
+            .any(|name| tests.contains(&format!("Shape::of(\"{name}\")")));
+        assert!(looked_at, "no test looks at the shape of {command}");
+    }
 }

@@ -1,20 +1,7 @@
 //! What travels over the control socket: HTTP/1.1, JSON bodies.
 //!
-//! | request | body | answer |
-//! | --- | --- | --- |
-//! | `GET /v1/agent` | | [`AgentInfo`] |
-//! | `GET /v1/mounts` | | `[MountInfo]` |
-//! | `POST /v1/mounts` | [`MountRequest`] | [`MountInfo`], once the mount answers |
-//! | `POST /v1/unmount` | [`UnmountRequest`] | `[UnmountOutcome]` |
-//! | `GET /v1/cache` | | [`CacheInfo`] |
-//! | `POST /v1/cache/evict` | [`EvictRequest`] | [`EvictOutcome`] |
-//! | `POST /v1/cache/verify` | | lines of [`Line`]`<`[`VerifyProgress`]`>` until it is done |
-//! | `POST /v1/warm` | [`WarmRequest`] | lines of [`Line`]`<`[`WarmProgress`]`>` until it is done |
-//! | `POST /v1/reload` | | [`ReloadOutcome`] |
-//!
-//! `GET /metrics` answers with Prometheus text: docs/metrics.md.
-//!
-//! Whoever stops reading lines stops the work. An error is a 4xx or 5xx with a [`Problem`]. Shapes only grow: fields are added, never renamed.
+//! docs/agent.md has the requests and their answers, for whoever asks with curl. Shapes only grow: fields
+//! are added, never renamed.
 
 use std::{collections::BTreeMap, path::PathBuf};
 

@@ -19,8 +19,8 @@ use std::{
 use axum::{
     Extension, Json, Router,
     body::Body,
-    extract::{Request, State},
-    http::{StatusCode, header},
+    extract::{FromRequest, Request, State},
+    http::{Method, StatusCode, Uri, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{get, post},
@@ -30,7 +30,7 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use parking_lot::Mutex;
-use serde::Serialize;
+use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{UnixListener, UnixStream},
@@ -87,6 +87,8 @@ pub async fn serve(
         .route("/v1/cache/verify", post(verify))
         .route("/v1/warm", post(warm))
         .route("/v1/reload", post(reload))
+        .fallback(nowhere)
+        .method_not_allowed_fallback(not_so)
         .layer(middleware::from_fn(whole_request))
         .with_state(Arc::clone(&agent));
     let open = Arc::new(Mutex::new(Connections::default()));
@@ -224,10 +226,33 @@ async fn mounts(State(agent): State<Arc<Agent>>, Extension(caller): Peer) -> Jso
     Json(agent.mounts_in_full(&caller).await)
 }
 
+/// A body of this form, or an answer in the form of every other error.
+struct Asked<T>(T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Asked<T> {
+    type Rejection = Refusal;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Refusal> {
+        match Json::from_request(request, state).await {
+            Ok(Json(body)) => Ok(Self(body)),
+            Err(rejection) => Err(Refusal(rejection.status(), rejection.body_text())),
+        }
+    }
+}
+
+async fn nowhere(uri: Uri) -> Refusal {
+    Refusal(StatusCode::NOT_FOUND, format!("there is no {}", uri.path()))
+}
+
+async fn not_so(method: Method, uri: Uri) -> Refusal {
+    let message = format!("{} takes no {method}", uri.path());
+    Refusal(StatusCode::METHOD_NOT_ALLOWED, message)
+}
+
 async fn mount(
     State(agent): State<Arc<Agent>>,
     Extension(caller): Peer,
-    Json(request): Json<MountRequest>,
+    Asked(request): Asked<MountRequest>,
 ) -> Result<Json<MountInfo>, Refusal> {
     // In a task of its own: a caller who goes away must leave a whole mount or none.
     let mounting = tokio::spawn(async move { agent.mount(&caller, request).await });
@@ -240,7 +265,7 @@ async fn mount(
 async fn unmount(
     State(agent): State<Arc<Agent>>,
     Extension(caller): Peer,
-    Json(request): Json<UnmountRequest>,
+    Asked(request): Asked<UnmountRequest>,
 ) -> Result<Json<Vec<UnmountOutcome>>, Refusal> {
     Ok(Json(agent.unmount(&caller, request).await?))
 }
@@ -252,7 +277,7 @@ async fn cache(State(agent): State<Arc<Agent>>) -> Json<CacheInfo> {
 async fn evict(
     State(agent): State<Arc<Agent>>,
     Extension(caller): Peer,
-    Json(request): Json<EvictRequest>,
+    Asked(request): Asked<EvictRequest>,
 ) -> Result<Json<EvictOutcome>, Refusal> {
     Ok(Json(agent.evict(&caller, request).await?))
 }
@@ -278,7 +303,7 @@ async fn reload(
 async fn warm(
     State(agent): State<Arc<Agent>>,
     Extension(caller): Peer,
-    Json(request): Json<WarmRequest>,
+    Asked(request): Asked<WarmRequest>,
 ) -> Result<Response, Refusal> {
     let held = UnderWay::begin(&agent)?;
     Ok(lines(move |progress| async move {

@@ -4,13 +4,13 @@ use std::{ffi::OsString, net::TcpListener, os::fd::AsFd, path::PathBuf, sync::Ar
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::task::AbortOnDropHandle;
-use tracing_subscriber::{Layer, layer::SubscriberExt, util::SubscriberInitExt};
 
 use super::{
     CliError,
     args::{AgentArgs, MountArgs, SocketArgs},
     config::{self, Overrides},
-    mount, output,
+    logging::{self, SetLevel},
+    mount,
 };
 use crate::causes::in_one_line;
 use crate::{
@@ -53,7 +53,7 @@ pub fn agent(args: AgentArgs) -> Result<(), CliError> {
 
 /// The agent's parent. It has one thread, and opens nothing but its log, its lock and what it keeps.
 fn keep(args: &AgentArgs) -> Result<(), CliError> {
-    let _ = start_logging(LogFormat::Text, LogLevel::Info);
+    let _ = logging::start(LogFormat::Text, LogLevel::Info);
     // SAFETY: as in `agent`. Whoever waits hears the first agent, which has inherited the descriptor; this
     // one is closed once that runs.
     let mut readiness = match args.ready_fd {
@@ -110,7 +110,7 @@ fn keep(args: &AgentArgs) -> Result<(), CliError> {
 fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliError> {
     let overrides = Overrides::of_agent(args);
     let settings = config::load(&overrides)?;
-    let level = start_logging(settings.log_format.value, settings.log_level.value);
+    let level = logging::start(settings.log_format.value, settings.log_level.value);
     // A user's own goes with its mounts; root's, started to stay, is for all.
     let everybody = nix::unistd::geteuid().is_root() && !args.on_demand && !args.socket.own_agent;
     let socket = match (everybody, mount::named_socket(&args.socket)) {
@@ -195,7 +195,7 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
 /// An agent in the foreground with one mount, until that is unmounted or a signal comes.
 pub fn foreground(args: MountArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of_mount(&args))?;
-    let _ = start_logging(settings.log_format.value, settings.log_level.value);
+    let _ = logging::start(settings.log_format.value, settings.log_level.value);
     let request = mount::request(&args, &settings)?;
     let socket = own_socket(&args.socket)?;
     let lock = SocketLock::acquire(&socket).map_err(|error| match error {
@@ -356,9 +356,6 @@ fn runtime() -> Result<tokio::runtime::Runtime, CliError> {
         .map_err(CliError::failed)
 }
 
-/// Changes what is logged.
-type SetLevel = Box<dyn Fn(LogLevel) + Send + Sync>;
-
 /// Reads the settings from where they came when the agent started.
 fn reread(
     overrides: Overrides,
@@ -393,28 +390,5 @@ fn reread(
             CliError::Failed(error) => in_one_line(&*error),
             other => other.to_string(),
         })
-    })
-}
-
-/// To standard error, which is the log file of an agent started on demand, and the journal of a service.
-/// `GRID_MOUNT_LOG` filters finer than a level (`info`, `grid_mount=debug`), and then stays.
-fn start_logging(format: LogFormat, level: LogLevel) -> SetLevel {
-    let named = tracing_subscriber::EnvFilter::try_from_env("GRID_MOUNT_LOG").ok();
-    let is_named = named.is_some();
-    let of = |level: LogLevel| tracing_subscriber::EnvFilter::new(level.to_string());
-    let (filter, handle) = tracing_subscriber::reload::Layer::new(named.unwrap_or_else(|| of(level)));
-    let lines = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_ansi(output::stderr_is_terminal() && std::env::var_os("NO_COLOR").is_none());
-    let lines = match format {
-        LogFormat::Text => lines.boxed(),
-        LogFormat::Json => lines.json().flatten_event(true).boxed(),
-    };
-    // One that is there already stays.
-    let _ = tracing_subscriber::registry().with(filter).with(lines).try_init();
-    Box::new(move |level| {
-        if !is_named {
-            let _ = handle.reload(of(level));
-        }
     })
 }

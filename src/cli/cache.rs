@@ -176,8 +176,19 @@ async fn verify(args: &CacheCommandArgs) -> Result<(), CliError> {
                 .map_err(CliError::failed)?
         }
         Holder::Here(agent) => {
-            let (sender, _seen) = watch::channel(VerifyProgress::default());
-            agent.verify(sender).await.map_err(CliError::failed)?
+            let total = agent.cache_info().await.objects;
+            let (sender, mut seen) = watch::channel(VerifyProgress::default());
+            let shown = async {
+                while seen.changed().await.is_ok() {
+                    let objects = seen.borrow_and_update().objects;
+                    bar.at(objects, total);
+                }
+                std::future::pending().await
+            };
+            tokio::select! {
+                done = agent.verify(sender) => done.map_err(CliError::failed)?,
+                never = shown => never,
+            }
         }
     };
     bar.finish();

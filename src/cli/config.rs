@@ -110,6 +110,7 @@ fn unicode_environment() -> impl Iterator<Item = (String, String)> {
 /// its credential `grid-mount.env` besides, where the environment does not have them.
 pub fn store_settings() -> Result<StoreSettings, CliError> {
     let mut settings = StoreSettings::from_env().map_err(CliError::failed)?;
+    add_grid_identity(&mut settings);
     let Some(dir) = env::var_os("CREDENTIALS_DIRECTORY") else {
         return Ok(settings);
     };
@@ -127,6 +128,20 @@ pub fn store_settings() -> Result<StoreSettings, CliError> {
         Err(error) => Err(CliError::Failed(
             format!("{} cannot be read: {error}", path.display()).into(),
         )),
+    }
+}
+
+/// Who the caller is to a control plane, from Grid's own file, where the environment does not say it. One that
+/// cannot be read is told of by whoever needs it: a store catalog does not.
+fn add_grid_identity(settings: &mut StoreSettings) {
+    let said = ["GRID_MOUNT_TOKEN", "GRID_MOUNT_TOKEN_FILE", "GRID_API_KEY"];
+    if said.iter().any(|name| settings.get(name).is_some()) {
+        return;
+    }
+    let grid = Grid::load(&inputs(&Overrides::default())).unwrap_or_default();
+    if let (Some(user), Some(key)) = (grid.user_id, grid.api_key) {
+        settings.set("GRID_USER_ID", &user.value);
+        settings.set("GRID_API_KEY", key.value.expose());
     }
 }
 

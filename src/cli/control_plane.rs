@@ -9,7 +9,7 @@ use super::{
     CliError,
     args::{CatalogAdminArgs, CatalogAdminCommand, ServeArgs, TeamCommand, TokenCommand, UserCommand},
     config::{self, Overrides},
-    output,
+    logging, output,
 };
 use crate::{
     catalog::server::{
@@ -48,13 +48,7 @@ fn store(settings: &Settings) -> Result<crate::origin::Store, CliError> {
 }
 
 async fn serve(args: ServeArgs, settings: &Settings, keeper: Keeper) -> Result<(), CliError> {
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("GRID_MOUNT_LOG")
-                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
-        )
-        .init();
+    let _ = logging::start(settings.log_format.value, settings.log_level.value);
     let lending = match args.credentials {
         Some(path) => Lending::from_file(path).await.map_err(CliError::failed)?,
         None => Lending::nothing(),

@@ -17,6 +17,10 @@ pub fn demo(args: &DemoArgs) -> Result<(), CliError> {
             "there is no /dev/fuse here; `modprobe fuse` as root makes it".into(),
         ));
     }
+    if let Some(data) = args.data.as_ref().filter(|data| !data.is_dir()) {
+        let message = format!("{} is not a directory", data.display());
+        return Err(CliError::Failed(message.into()));
+    }
     let dir = tempfile::Builder::new()
         .prefix("grid-mount-demo-")
         .tempdir()

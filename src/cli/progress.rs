@@ -34,6 +34,7 @@ impl Shown {
             if let Ok(style) = ProgressStyle::with_template(template) {
                 bar.set_style(style.progress_chars("=> "));
             }
+            bar.tick();
             bar
         });
         Self {
@@ -111,6 +112,8 @@ impl Bar {
                 bar.set_style(style.progress_chars("=> "));
             }
             bar.set_message(doing);
+            // There from the start, however long the first step takes.
+            bar.tick();
             bar
         });
         Self {

@@ -181,7 +181,8 @@ impl<'args> Stage<'args> {
                 info = making => info?,
                 number = signals.next() => return Ok(ExitStatus::from_raw(number)),
             };
-            if !info.already_mounted {
+            // One that goes by itself counts for whom it stays: this command is one of them.
+            if !info.already_mounted || info.idle_timeout.is_some() {
                 self.mounted.push(info);
             }
         }
@@ -207,15 +208,19 @@ impl<'args> Stage<'args> {
     /// What goes wrong here is told, and changes nothing about how the command ended.
     async fn clear(&mut self, told: bool) {
         for info in self.mounted.drain(..) {
-            let request = UnmountRequest {
-                target: UnmountTarget::MountPoint(info.mount_point.clone()),
-                // What the command left running goes on reading.
-                lazy: true,
-            };
             let Ok(Some(client)) = mount::connect(&self.args.socket).await else {
                 continue;
             };
-            match client.unmount(&request).await {
+            let unmount = async |lazy| {
+                let target = UnmountTarget::MountPoint(info.mount_point.clone());
+                client.unmount(&UnmountRequest { target, lazy }).await
+            };
+            // What the command left running goes on reading; else it is gone when this ends.
+            let outcomes = match unmount(false).await {
+                Ok(outcomes) if outcomes.iter().any(|outcome| outcome.error.is_some()) => unmount(true).await,
+                outcomes => outcomes,
+            };
+            match outcomes {
                 Ok(outcomes) => {
                     for outcome in outcomes {
                         if let Some(error) = outcome.error {

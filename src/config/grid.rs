@@ -5,6 +5,10 @@ use std::{fmt, fs, io, path::PathBuf};
 use serde::Deserialize;
 
 use super::{ConfigError, Explained, Inputs, Source, Sourced};
+use crate::origin::{OriginError, StoreKind, StoreUrl};
+
+/// The variable with the control plane's address.
+pub(super) const URL: &str = "GRID_URL";
 
 /// Larger, and it is not Grid's.
 const MOST: u64 = 64 << 10;
@@ -61,7 +65,7 @@ impl Grid {
                 value: ApiKey(key.value),
                 source: key.source,
             }),
-            url: variable("GRID_URL"),
+            url: variable(URL),
         };
         if grid.user_id.is_some() && grid.api_key.is_some() {
             return Ok(grid);
@@ -107,6 +111,26 @@ impl Grid {
             lines.push(line("grid_url", &without_password(&url.value), &url.source));
         }
         lines
+    }
+}
+
+/// The control plane is the catalog, where nothing else is named.
+pub(super) fn control_plane(text: &str) -> Result<Sourced<StoreUrl>, ConfigError> {
+    let wrong = |message: String| ConfigError::Value {
+        source_of: Source::Variable(URL),
+        message,
+    };
+    let value: StoreUrl = text
+        .parse()
+        .map_err(|error: OriginError| wrong(error.to_string()))?;
+    match value.kind() {
+        StoreKind::Http { .. } => Ok(Sourced {
+            value,
+            source: Source::Variable(URL),
+        }),
+        _ => Err(wrong(format!(
+            "{value} is no control plane: write https://…, or name a catalog with GRID_MOUNT_CATALOG"
+        ))),
     }
 }
 

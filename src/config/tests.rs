@@ -170,3 +170,23 @@ fn shares_of_a_disk() {
     assert!("101%".parse::<DiskShare>().is_err());
     assert!("-1%".parse::<DiskShare>().is_err());
 }
+
+#[test]
+fn grids_address_is_the_catalog_where_nothing_else_is_named() {
+    let grid = ("GRID_URL", "https://grid.example.org/team");
+    let catalog = |environment: &[(&str, &str)]| Settings::load(&inputs(environment)).map(|all| all.catalog);
+    let found = catalog(&[grid]).unwrap();
+    assert_eq!(
+        (
+            found.value.to_string().as_str(),
+            found.source.to_string().as_str()
+        ),
+        ("https://grid.example.org/team", "environment GRID_URL")
+    );
+    let named = catalog(&[grid, ("GRID_MOUNT_CATALOG", "s3://bucket/x")]).unwrap();
+    assert_eq!(named.value.to_string(), "s3://bucket/x");
+    for wrong in ["s3://bucket/x", "file:///x", "grid"] {
+        let error = catalog(&[("GRID_URL", wrong)]).unwrap_err().to_string();
+        assert!(error.contains("GRID_URL") && error.contains(wrong), "{error}");
+    }
+}
