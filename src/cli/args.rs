@@ -25,10 +25,9 @@ Examples:
   grid-mount alice:imagenet /data/imagenet  the newest, at a path of yours
   grid-mount publish ./photos photos        your directory becomes you:photos/1
   grid-mount list --global                  what the team has published
-  grid-mount unmount imagenet               and away
 `grid-mount demo` shows it all; `grid-mount mount --help` has every option.";
 
-/// Mounts a team's published data sets read-only and lazily: user:datastore/version under a path.
+/// Mounts a team's published data sets, read-only and lazily, under a path.
 #[derive(Debug, Parser)]
 #[command(name = "grid-mount", version, after_help = EXAMPLES, args_conflicts_with_subcommands = true,
     subcommand_negates_reqs = true, disable_help_subcommand = true, arg_required_else_help = true)]
@@ -40,7 +39,7 @@ pub struct Cli {
 }
 
 /// What the first screen shows of the mount's options; `mount --help` shows them all.
-const FIRST_SCREEN: [&str; 4] = ["reference", "mount_point", "foreground", "json"];
+const FIRST_SCREEN: [&str; 3] = ["reference", "mount_point", "foreground"];
 
 impl Cli {
     /// The grammar as people meet it.
@@ -530,8 +529,8 @@ pub struct DemoArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
-  grid-mount agent                             root's: for every user of this host
-  grid-mount agent --own-agent                 mine alone
+  grid-mount agent              root's: for every user of this host
+  grid-mount agent --own-agent  mine alone
   grid-mount agent --log-format json --idle-timeout 12h
   grid-mount agent --metrics-listen 127.0.0.1:9464
 Any `grid-mount REF` starts one of its user's, which ends with its last mount.
@@ -552,7 +551,7 @@ pub struct AgentArgs {
     /// End with the last mount
     #[arg(long)]
     pub on_demand: bool,
-    /// Where Prometheus may read /metrics, too: 127.0.0.1:9464; anybody who reaches it can
+    /// Where anybody may read /metrics, too: 127.0.0.1:9464
     #[arg(long, value_name = "ADDRESS")]
     pub metrics_listen: Option<String>,
     /// A descriptor that is told when the agent is ready

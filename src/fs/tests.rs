@@ -335,7 +335,7 @@ fn extended_attributes_say_where_bytes_come_from() {
     ));
     assert!(matches!(
         value("a", "security.selinux"),
-        Err(FsError::NoSuchAttribute)
+        Err(FsError::UnsupportedAttribute)
     ));
     for (cached, percent) in [(0, "0%"), (350, "50%"), (499, "99%"), (500, "100%")] {
         content.cached.store(cached, Relaxed);
