@@ -1,6 +1,8 @@
 //! A command that is killed, whenever that is, leaves a whole mount or none: with an agent of many users, and with
 //! an agent that the command itself starts.
 
+#[path = "support/s3_origin.rs"]
+mod s3_origin;
 #[path = "support/sandbox.rs"]
 mod sandbox;
 #[path = "support/shared_agent.rs"]
@@ -15,12 +17,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use s3_origin::{S3Origin, Shape};
 use sandbox::{Sandbox, skip};
 use shared_agent::{DEADLINE, SharedAgent, said};
 
 const USER: u32 = 40_051;
-/// Kills at so many points between the start of a command and its end.
-const POINTS: u32 = 64;
 
 fn path(path: &Path) -> &str {
     path.to_str().unwrap()
@@ -39,42 +40,56 @@ fn killed(mut child: Child) -> bool {
     ended
 }
 
-/// Kills ever later, until one ends before it is killed. `left` says whether there is a mount then, and
-/// leaves none.
-fn at_every_point(command: impl Fn() -> Command, whole: Duration, mut left: impl FnMut(u32) -> bool) {
+/// Kills ever later by `step`, until one ends before it is killed. `left` says whether there is a mount then,
+/// and leaves none.
+fn at_every_point(command: impl Fn() -> Command, step: Duration, mut left: impl FnMut(u32) -> bool) {
     let mut found = BTreeSet::new();
     let mut mounts = 0;
     for point in 0.. {
         let child = command().spawn().unwrap();
-        thread::sleep(whole * point / POINTS);
+        thread::sleep(step * point);
         let ended = killed(child);
         let mounted = left(point);
         assert!(mounted || !ended, "it had ended, and nothing is mounted");
         found.insert(mounted);
         mounts += u32::from(mounted);
         if ended {
-            eprintln!("killed at {point} points within {whole:?}: {mounts} whole mounts");
+            eprintln!("killed at {point} points {step:?} apart: {mounts} whole mounts");
             break;
         }
         // A machine that is busy takes longer than the first one took.
-        assert!(point < 50 * POINTS, "it never ends");
+        assert!(point < 1000, "it never ends");
     }
     assert_eq!(found.len(), 2, "it was never killed in time: {found:?}");
 }
 
 #[test]
 fn with_an_agent_of_many_users() {
-    let Some(agent) = SharedAgent::start("catalogs = [\"CATALOG\"]") else {
+    // So slow that every step of a mount is long enough to be killed in.
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let origin = runtime.block_on(S3Origin::start(Shape {
+        first_byte: Duration::from_millis(20),
+        ..Shape::default()
+    }));
+    let settings = origin.settings();
+    let environment: Vec<(&str, &str)> = settings.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
+    let team = ["--catalog", "s3://bucket/team"];
+    let Some(agent) = SharedAgent::start_with("catalogs = [\"s3://bucket/team\"]", &[], &environment) else {
         return;
     };
-    agent.publish("data", &[("file", "some text")]);
+    let source = agent.path("source");
+    fs::create_dir(&source).unwrap();
+    fs::write(source.join("file"), "some text").unwrap();
+    let publish = ["publish", path(&source), "data", team[0], team[1]];
+    let published = agent.grid(0, &publish).envs(environment).output().unwrap();
+    said(&published);
     let place = agent.home(USER).join("a/b");
-    let grid = || quiet(agent.grid(USER, &["root:data", path(&place)]));
+    let grid = || quiet(agent.grid(USER, &["root:data", path(&place), team[0], team[1]]));
     let begun = Instant::now();
     assert!(grid().status().unwrap().success());
     let whole = begun.elapsed();
     agent.ok(USER, &["unmount", path(&place)]);
-    at_every_point(grid, whole, |point| {
+    at_every_point(grid, whole / 64, |point| {
         // What the kernel shows and what the agent says come to agree.
         let mounted = agent.wait_for("the agent and the kernel do not agree", || {
             let (kernel, says) = (agent.mounts(), agent.mount_points(USER));
@@ -134,7 +149,8 @@ fn with_an_agent_that_it_starts_itself() {
     let whole = begun.elapsed();
     sandbox.ok(&["unmount", "--all"]);
     gone();
-    at_every_point(grid, whole, |point| {
+    // One that starts an agent and is killed leaves that waiting for a while.
+    at_every_point(grid, whole / 20, |point| {
         // An agent that nobody asks for anything ends by itself: at the end there is a mount, or no agent.
         wait_for("neither a mount nor none", &|| {
             let status = sandbox.status();
