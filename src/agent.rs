@@ -17,6 +17,7 @@ pub mod metrics;
 mod mount;
 pub mod mount_point;
 mod mounting;
+mod profiles;
 pub mod reload;
 mod report;
 mod resuming;
@@ -108,6 +109,8 @@ pub enum AgentError {
         /// What is, in words.
         mounted: String,
     },
+    #[error("nothing is being recorded there: mount it with --record-profile")]
+    NotRecorded,
     #[error("{pattern} is not a pattern of paths: {reason}")]
     Pattern { pattern: String, reason: String },
     #[error("nothing in {requested} matches {patterns}")]

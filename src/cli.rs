@@ -13,6 +13,7 @@ mod manual;
 mod mount;
 mod mount_grid;
 mod output;
+mod profile;
 mod progress;
 mod publish;
 mod report;
@@ -95,6 +96,7 @@ fn perform(command: Command) -> Result<(), CliError> {
         Command::Register(args) => block_on(publish::register(args)),
         Command::Cache(args) => block_on(cache::cache(args.command)),
         Command::Warm(args) => block_on(warm::warm(args)),
+        Command::Profile(args) => block_on(profile::profile(args.command)),
         Command::Session(args) => block_on(session::session(args.command)),
         Command::Config(args) => config::show(&args),
         Command::Doctor(args) => block_on(doctor::doctor(args)),

@@ -22,6 +22,7 @@ pub mod keeper;
 pub mod origin;
 pub mod pin;
 pub mod prefetch_policy;
+pub mod profile;
 pub mod publish;
 pub mod reference;
 pub mod session;

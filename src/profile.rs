@@ -158,9 +158,7 @@ impl Profile {
     }
 
     pub fn decode(bytes: &[u8], tree: &Digest) -> Result<Self, ProfileError> {
-        let checked = bytes
-            .split_last_chunk::<DIGEST>()
-            .ok_or(ProfileError::Format)?;
+        let checked = bytes.split_last_chunk::<DIGEST>().ok_or(ProfileError::Format)?;
         let (content, digest) = checked;
         if !content.starts_with(&MAGIC) || content.len() < HEADER {
             return Err(ProfileError::Format);
@@ -294,7 +292,10 @@ mod tests {
     fn another_trees_profile_is_refused() {
         let bytes = recorded(&[(1, 2, 3)]).encode(&TREE, 0).unwrap();
         let other = Digest::from_bytes([8; 32]);
-        assert!(matches!(Profile::decode(&bytes, &other), Err(ProfileError::OtherTree)));
+        assert!(matches!(
+            Profile::decode(&bytes, &other),
+            Err(ProfileError::OtherTree)
+        ));
     }
 
     #[test]
@@ -305,7 +306,10 @@ mod tests {
         bytes.extend(zstd::bulk::compress(&vec![0; 64 << 20], 1).unwrap());
         let digest = Digest::of(&bytes);
         bytes.extend_from_slice(digest.as_bytes());
-        assert!(matches!(Profile::decode(&bytes, &TREE), Err(ProfileError::Damaged)));
+        assert!(matches!(
+            Profile::decode(&bytes, &TREE),
+            Err(ProfileError::Damaged)
+        ));
     }
 
     proptest! {
@@ -324,10 +328,10 @@ mod tests {
         }
 
         #[test]
-        fn no_flipped_bit_goes_unnoticed(at in any::<prop::sample::Index>(), bit in 0..8) {
+        fn no_flipped_bit_goes_unnoticed(at in any::<prop::sample::Index>(), bit in 0u32..8) {
             let mut bytes = recorded(&[(1, 2, 3), (9, 1 << 40, 1 << 22)]).encode(&TREE, 0).unwrap();
             let at = at.index(bytes.len());
-            bytes[at] ^= 1 << bit;
+            bytes[at] ^= 1u8 << bit;
             prop_assert!(Profile::decode(&bytes, &TREE).is_err());
         }
 

@@ -14,8 +14,8 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::net::UnixStream;
 
 use super::control::{
-    AgentInfo, CacheInfo, EvictOutcome, EvictRequest, Line, MountInfo, MountRequest, Problem, UnmountOutcome,
-    UnmountRequest, VerifyProgress, WarmProgress, WarmRequest,
+    AgentInfo, CacheInfo, EvictOutcome, EvictRequest, Line, MountInfo, MountRequest, Problem, ProfileOutcome,
+    ProfileRequest, UnmountOutcome, UnmountRequest, VerifyProgress, WarmProgress, WarmRequest,
 };
 
 /// An answer larger than this is not one of ours.
@@ -109,6 +109,11 @@ impl Client {
 
     pub async fn unmount(&self, request: &UnmountRequest) -> Result<Vec<UnmountOutcome>, ClientError> {
         self.call(Method::POST, "/v1/unmount", Some(request), CONTROL_DEADLINE)
+            .await
+    }
+
+    pub async fn keep_profiles(&self, request: &ProfileRequest) -> Result<Vec<ProfileOutcome>, ClientError> {
+        self.call(Method::POST, "/v1/profiles", Some(request), MOUNT_DEADLINE)
             .await
     }
 

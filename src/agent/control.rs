@@ -58,6 +58,9 @@ pub struct MountRequest {
     /// because an automount waits for this mount.
     #[serde(default)]
     pub trigger: Option<u32>,
+    /// Note down in which order blocks are first wanted, and keep that at unmount.
+    #[serde(default)]
+    pub record_profile: bool,
 }
 
 // A request carries credentials: no derived Debug.
@@ -187,6 +190,29 @@ pub enum UnmountTarget {
         reference: String,
         user: UserName,
     },
+}
+
+/// Keep what these mounts have recorded so far.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProfileRequest {
+    pub target: UnmountTarget,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProfileOutcome {
+    pub reference: PinnedReference,
+    pub mount_point: PathBuf,
+    /// Wanted so far.
+    pub blocks: u64,
+    /// Of the profile.
+    pub bytes: u64,
+    /// On this host.
+    pub kept_at: Option<PathBuf>,
+    /// Beside the version, for everybody who may read it; put there for the version's owner only.
+    pub shared_at: Option<String>,
+    /// What did not work.
+    pub error: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

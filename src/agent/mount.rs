@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    control::{MountInfo, MountRequest, Traffic, UnmountOutcome},
+    control::{MountInfo, MountRequest, PrefetchPolicy, Traffic, UnmountOutcome},
     mount_point::{self, Elsewhere, MountPoint},
     report::Watch,
     snapshot::Snapshot,
@@ -32,6 +32,8 @@ pub(super) struct Mount {
     /// Keeps the tree's file in the cache while it is mapped.
     pub(super) snapshot: Arc<Snapshot>,
     pub(super) watch: Watch,
+    /// Whether anything is fetched before it is asked for.
+    pub(super) prefetches: bool,
 }
 
 impl Mount {
@@ -72,6 +74,7 @@ impl Mount {
             holds: AtomicU32::new(1),
             mounted: Arc::new(mounted),
             snapshot,
+            prefetches: request.prefetch != PrefetchPolicy::None,
             watch,
         })
     }

@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 use super::{
     Agent, AgentError,
     access::Caller,
-    control::{MountInfo, MountRequest},
+    control::{IoModeWish, MountInfo, MountRequest},
     keeping::Entry,
     mount::Mount,
     mount_point::{MountPoint, MountPointError, Prepared, Target},
@@ -139,10 +139,14 @@ impl Agent {
         let reference = snapshot.resolved.reference();
         let mut entry = self.keeping.begin(request, &point, &snapshot.resolved);
         let mut options = MountOptions::new(point.path(), reference.to_string(), owner);
-        options.io_mode = request.io_mode;
+        options.io_mode = match request.record_profile {
+            // What the kernel reads without asking cannot be recorded.
+            true => IoModeWish::NoOpen,
+            false => request.io_mode,
+        };
         options.share = request.share != Share::None;
         options.open_table = entry.as_ref().and_then(Entry::open_table);
-        let watch = Watch::new(&self.fetcher, owner);
+        let watch = Watch::new(&self.fetcher, owner, request.record_profile);
         let fs = snapshot.file_system(&watch, request.share, request.prefetch, &handle);
         let mounted = match target {
             None => fuse::mount(fs, options, &handle),

@@ -27,6 +27,7 @@ use crate::{
         content::{Content, ReadError},
     },
     fuse::{IoMode, Mounted, Operation},
+    profile::Recorder,
     tree::{Ino, ObjectNo},
 };
 
@@ -40,13 +41,16 @@ pub(super) struct Watch {
     fetcher: Arc<Fetcher>,
     reuse: Arc<Reuse>,
     owner: Owner,
+    /// Of a mount that records a profile.
+    recorder: Option<Arc<Recorder>>,
     /// When it was measured, and how much of the objects the cache has.
     cached: Mutex<Option<(Instant, f64)>>,
 }
 
 impl Watch {
-    pub fn new(fetcher: &Fetcher, owner: Owner) -> Self {
+    pub fn new(fetcher: &Fetcher, owner: Owner, recorded: bool) -> Self {
         Self {
+            recorder: recorded.then(Arc::default),
             fetcher: fetcher.account(),
             reuse: Arc::default(),
             owner,
@@ -58,6 +62,10 @@ impl Watch {
         &self.fetcher
     }
 
+    pub fn recorder(&self) -> Option<&Arc<Recorder>> {
+        self.recorder.as_ref()
+    }
+
     pub fn owner(&self) -> Owner {
         self.owner
     }
@@ -67,6 +75,7 @@ impl Watch {
         Arc::new(Watched {
             content,
             reuse: Arc::clone(&self.reuse),
+            recorder: self.recorder.clone(),
         })
     }
 
@@ -150,6 +159,16 @@ fn fair_step(count: u64) -> u64 {
 struct Watched {
     content: Arc<dyn Content>,
     reuse: Arc<Reuse>,
+    recorder: Option<Arc<Recorder>>,
+}
+
+impl Watched {
+    fn used(&self, object: ObjectNo, range: &Range<u64>) {
+        self.reuse.used(object, range);
+        if let Some(recorder) = &self.recorder {
+            recorder.wanted(object, range);
+        }
+    }
 }
 
 #[async_trait]
@@ -158,13 +177,13 @@ impl Content for Watched {
         let used = range.clone();
         let read = self.content.read_cached(object, range, buf);
         if read {
-            self.reuse.used(object, &used);
+            self.used(object, &used);
         }
         read
     }
 
     async fn read(&self, object: ObjectNo, range: Range<u64>) -> Result<Bytes, ReadError> {
-        self.reuse.used(object, &range);
+        self.used(object, &range);
         self.content.read(object, range).await
     }
 

@@ -83,7 +83,7 @@ impl Agent {
             let point = MountPoint::inherited(remembered.mount_point.clone(), remembered.created.clone())
                 .at(remembered.elsewhere.clone());
             let known = (state.handshake.clone(), state.device, state.way);
-            let watch = Watch::new(&agent.fetcher, state.owner);
+            let watch = Watch::new(&agent.fetcher, state.owner, false);
             let fs = snapshot.file_system(&watch, request.share, request.prefetch, &handle);
             let mounted = match fuse::resume(fs, state.options(), held.descriptor, known, &handle) {
                 Ok(mounted) => mounted,

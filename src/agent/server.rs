@@ -47,7 +47,7 @@ use super::{
     access::Caller,
     control::{
         AgentInfo, CacheInfo, EvictOutcome, EvictRequest, Line, MountInfo, MountRequest, Problem,
-        ReloadOutcome, UnmountOutcome, UnmountRequest, WarmRequest,
+        ProfileOutcome, ProfileRequest, ReloadOutcome, UnmountOutcome, UnmountRequest, WarmRequest,
     },
     snapshot::SnapshotError,
 };
@@ -82,6 +82,7 @@ pub async fn serve(
         .route("/v1/agent", get(info))
         .route("/v1/mounts", get(mounts).post(mount))
         .route("/v1/unmount", post(unmount))
+        .route("/v1/profiles", post(profiles))
         .route("/v1/cache", get(cache))
         .route("/v1/cache/evict", post(evict))
         .route("/v1/cache/verify", post(verify))
@@ -268,6 +269,14 @@ async fn unmount(
     Asked(request): Asked<UnmountRequest>,
 ) -> Result<Json<Vec<UnmountOutcome>>, Refusal> {
     Ok(Json(agent.unmount(&caller, request).await?))
+}
+
+async fn profiles(
+    State(agent): State<Arc<Agent>>,
+    Extension(caller): Peer,
+    Asked(request): Asked<ProfileRequest>,
+) -> Result<Json<Vec<ProfileOutcome>>, Refusal> {
+    Ok(Json(agent.keep_profiles(&caller, &request).await?))
 }
 
 async fn cache(State(agent): State<Arc<Agent>>) -> Json<CacheInfo> {

@@ -75,7 +75,7 @@ pub struct Resolved {
     /// What came with them: for the next agent.
     pub lent: StoreSettings,
     /// Who may share its cached bytes.
-    domain: String,
+    pub(super) domain: String,
 }
 
 /// Who asks, and of whom.

@@ -16,6 +16,7 @@ use super::{
     lease,
     mount::Mount,
     mount_point::{MountPoint, Prepared},
+    profiles,
     snapshot::Resolved,
 };
 use crate::fuse::Ended;
@@ -91,6 +92,10 @@ impl Reserved {
         if let Some(timeout) = mount.idle_timeout {
             runtime.spawn(idle::watch(Arc::clone(&mount), timeout));
         }
+        let cache_dir = self.agent.cache_config.dir.clone();
+        // A recording mount is to show what its readers want, not what others wanted.
+        let follows = mount.prefetches && mount.watch.recorder().is_none();
+        let following = follows.then(|| profiles::follow(&mount, &cache_dir, runtime));
         {
             let mut table = self.agent.table.lock();
             table.slots.insert(self.key.clone(), Slot::Serving(mount));
@@ -101,6 +106,11 @@ impl Reserved {
             match served.mounted.wait().await {
                 Ended::Failed(error) => tracing::error!(mount_point = %shown, error, "the session failed"),
                 _ => tracing::info!(mount_point = %shown, "unmounted"),
+            }
+            drop(following);
+            if let Some(kept) = served.keep_profile(&cache_dir).await {
+                tracing::info!(reference = %kept.reference, blocks = kept.blocks, bytes = kept.bytes,
+                    shared = kept.shared_at, error = kept.error, "an access profile is kept");
             }
             served.log_report();
             drop(served);

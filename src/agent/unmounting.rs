@@ -119,7 +119,11 @@ impl Agent {
             })
     }
 
-    fn choose(&self, caller: &Caller, target: &UnmountTarget) -> Result<Vec<Arc<Mount>>, AgentError> {
+    pub(super) fn choose(
+        &self,
+        caller: &Caller,
+        target: &UnmountTarget,
+    ) -> Result<Vec<Arc<Mount>>, AgentError> {
         let mounts = self.seen_by(caller);
         let chosen: Vec<Arc<Mount>> = match target {
             UnmountTarget::All => return Ok(mounts),

@@ -2,6 +2,7 @@
 
 mod cache;
 mod control_plane;
+mod profile;
 mod session;
 
 use std::path::PathBuf;
@@ -13,6 +14,7 @@ pub use self::{
     control_plane::{
         CatalogAdminArgs, CatalogAdminCommand, ServeArgs, TeamCommand, TokenCommand, UserCommand,
     },
+    profile::{ProfileArgs, ProfileCommand},
     session::{
         SessionAddArgs, SessionArgs, SessionCommand, SessionCommonArgs, SessionStartArgs, SessionStatusArgs,
     },
@@ -93,6 +95,8 @@ pub enum Command {
     Cache(CacheArgs),
     /// Bring a version, or a part of it, into the cache ahead of its readers
     Warm(WarmArgs),
+    /// Keep the order in which a version was read, for the next mount
+    Profile(ProfileArgs),
     /// Mount what a session's spec names, all at once, and keep at it
     Session(SessionArgs),
     /// Print the settings in force and where each came from
@@ -185,6 +189,9 @@ pub struct MountArgs {
     /// What to fetch before it is asked for: auto, none or all
     #[arg(long, value_name = "WHAT")]
     pub prefetch: Option<String>,
+    /// Note down in which order it is read, for the next mount to fetch in
+    #[arg(long)]
+    pub record_profile: bool,
     /// Who else may read it: group or all
     #[arg(long, value_enum, value_name = "WITH", hide_possible_values = true)]
     pub share: Option<ShareArg>,

@@ -91,6 +91,7 @@ pub fn request(args: &MountArgs, settings: &Settings) -> Result<MountRequest, Cl
         idle_timeout: (settings.idle_timeout.source != Source::Default)
             .then(|| settings.idle_timeout.value.0.map_or(0, |time| time.as_secs())),
         trigger: None,
+        record_profile: args.record_profile,
     })
 }
 
@@ -258,12 +259,16 @@ fn tell(args: &UnmountArgs, outcomes: &[UnmountOutcome]) -> Result<(), CliError>
     result
 }
 
+fn target(args: &UnmountArgs, settings: &Settings) -> Result<UnmountTarget, CliError> {
+    match args.target.as_deref().filter(|_| !args.all) {
+        Some(typed) => named(typed, settings),
+        None => Ok(UnmountTarget::All),
+    }
+}
+
 /// A path is what looks like one, or is a mount point; anything else is a reference. That a directory has the
 /// name says nothing: `publish ./photos photos`, mount, `unmount photos` are all said in one place.
-fn target(args: &UnmountArgs, settings: &Settings) -> Result<UnmountTarget, CliError> {
-    let Some(typed) = args.target.as_deref().filter(|_| !args.all) else {
-        return Ok(UnmountTarget::All);
-    };
+pub fn named(typed: &str, settings: &Settings) -> Result<UnmountTarget, CliError> {
     let looks_like_path = typed.starts_with(['/', '.', '~']) || is_mount_point(Path::new(typed));
     if looks_like_path {
         return Ok(UnmountTarget::MountPoint(absolute(Path::new(typed))?));

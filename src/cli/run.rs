@@ -175,6 +175,7 @@ impl<'args> Stage<'args> {
                 share: Default::default(),
                 idle_timeout: None,
                 trigger: None,
+                record_profile: false,
             };
             let making = mount::through_agent(&self.args.socket, self.settings, &request);
             let info = tokio::select! {
