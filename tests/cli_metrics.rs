@@ -226,7 +226,17 @@ fn the_log_joins_a_read_to_its_requests() {
 
 /// The next request's body, and an answer that it was taken.
 fn taken(listener: &TcpListener) -> serde_json::Value {
-    let (mut stream, _) = listener.accept().unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let begun = std::time::Instant::now();
+    let mut stream = loop {
+        match listener.accept() {
+            Ok((stream, _)) => break stream,
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+        }
+        assert!(begun.elapsed().as_secs() < 60, "nothing comes");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    };
+    stream.set_nonblocking(false).unwrap();
     let (mut head, mut byte) = (Vec::new(), [0]);
     while !head.ends_with(b"\r\n\r\n") {
         stream.read_exact(&mut byte).unwrap();
