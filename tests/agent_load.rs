@@ -228,9 +228,17 @@ fn the_socket_outlives_garbage_slow_writers_and_a_thousand_connections() {
         ),
         (b"DELETE /v1/mounts HTTP/1.1\r\nhost: x\r\n\r\n".to_vec(), "405"),
     ] {
-        let said = answer(&request);
-        assert!(said.is_empty() || said.starts_with("HTTP/1.1 4"), "{said}");
-        assert!(said.contains(status), "{said}");
+        // An answer given before everything was read can be lost with the connection: not every time.
+        let mut tries = 0;
+        let said = loop {
+            let said = answer(&request);
+            assert!(said.is_empty() || said.starts_with("HTTP/1.1 4"), "{said}");
+            tries += 1;
+            if said.contains(status) || tries == 50 {
+                break said;
+            }
+        };
+        assert!(said.contains(status), "{status}: {said:?}");
     }
 
     let slow: Vec<_> = (0..50)

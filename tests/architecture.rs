@@ -80,8 +80,8 @@ const CRATES: &[(&str, &[&str])] = &[
     // The control socket, and the control plane.
     ("axum", &["agent", "catalog"]),
     // The protocol's client, and the date of a server's answer, which no store client tells; `origin` has
-    // its own HTTP client underneath `object_store`.
-    ("reqwest", &["catalog", "doctor"]),
+    // its own HTTP client underneath `object_store`. `cli` sends spans to a collector with it.
+    ("reqwest", &["catalog", "doctor", "cli"]),
     ("memmap2", &["tree"]),
 ];
 

@@ -166,9 +166,19 @@ fn what_a_scraper_reads() {
         .find(|(labels, _)| labels.contains("operation=\"read-miss\""))
         .unwrap();
     assert!(missed.0.contains("quoted \\\"point\\\""), "{}", missed.0);
-    // Every read that was begun has been answered, so it was timed.
-    let timed = &metrics["grid_mount_fuse_request_duration_seconds"].samples;
-    assert!(timed[&format!("_count{}", missed.0)] <= *missed.1);
+    // Every read that was begun has been answered, so it is timed, a moment later.
+    let timed = (0..500).any(|_| {
+        let (_, text) = get(UnixStream::connect(&socket).unwrap(), "/metrics");
+        let metrics = parse(&text);
+        let begun = metrics["grid_mount_fuse_requests_total"].samples[missed.0];
+        let times = &metrics["grid_mount_fuse_request_duration_seconds"].samples;
+        let all = times.get(&format!("_count{}", missed.0)) == Some(&begun);
+        if !all {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        all
+    });
+    assert!(timed, "reads are not timed");
 
     let (head, by_tcp) = get(TcpStream::connect(address).unwrap(), "/metrics");
     assert!(head.starts_with("HTTP/1.1 200"), "{head}");
@@ -212,4 +222,114 @@ fn the_log_joins_a_read_to_its_requests() {
             && line.contains("GET")
     });
     assert!(joined, "{logs}");
+}
+
+/// The next request's body, and an answer that it was taken.
+fn taken(listener: &TcpListener) -> serde_json::Value {
+    listener.set_nonblocking(true).unwrap();
+    let begun = std::time::Instant::now();
+    let mut stream = loop {
+        match listener.accept() {
+            Ok((stream, _)) => break stream,
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+        }
+        assert!(begun.elapsed().as_secs() < 60, "nothing comes");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    };
+    stream.set_nonblocking(false).unwrap();
+    let (mut head, mut byte) = (Vec::new(), [0]);
+    while !head.ends_with(b"\r\n\r\n") {
+        stream.read_exact(&mut byte).unwrap();
+        head.push(byte[0]);
+    }
+    let head = String::from_utf8(head).unwrap();
+    assert!(head.starts_with("POST /v1/traces HTTP/1.1"), "{head}");
+    let length = head.lines().find_map(|line| {
+        line.to_ascii_lowercase()
+            .strip_prefix("content-length: ")?
+            .parse()
+            .ok()
+    });
+    let mut body = vec![0; length.unwrap()];
+    stream.read_exact(&mut body).unwrap();
+    let answer = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}";
+    stream.write_all(answer.as_bytes()).unwrap();
+    serde_json::from_slice(&body).unwrap()
+}
+
+#[test]
+fn a_collector_is_sent_reads_with_their_requests() {
+    if !Path::new("/dev/fuse").exists() {
+        skip("the spans of a read", "there is no /dev/fuse");
+        return;
+    }
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    let sandbox = Sandbox::new().env("OTEL_EXPORTER_OTLP_ENDPOINT", &address);
+    let source = sandbox.path("source");
+    fs::create_dir(&source).unwrap();
+    fs::write(source.join("a"), vec![1; 300_000]).unwrap();
+    sandbox.ok(&["publish", source.to_str().unwrap(), "data"]);
+    let point = sandbox.path("mnt");
+    sandbox.ok(&["data", point.to_str().unwrap(), "--prefetch", "none"]);
+    assert_eq!(fs::read(point.join("a")).unwrap().len(), 300_000);
+    // They come within a second, perhaps not all at once.
+    let mut spans: Vec<serde_json::Value> = Vec::new();
+    let text = |fields: &serde_json::Value, key: &str| {
+        let field = fields
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|field| field["key"] == key);
+        field.map(|field| field["value"]["stringValue"].as_str().unwrap().to_owned())
+    };
+    loop {
+        let body = taken(&listener);
+        let resource = &body["resourceSpans"][0];
+        let service = text(&resource["resource"]["attributes"], "service.name");
+        assert_eq!(service.as_deref(), Some("grid-mount"));
+        spans.extend(
+            resource["scopeSpans"][0]["spans"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .cloned(),
+        );
+        // A fetch, in it its request, above it the read that waited for it.
+        let joined = spans.iter().any(|fetch| {
+            let read = spans.iter().find(|read| read["spanId"] == fetch["parentSpanId"]);
+            let requests = fetch["events"].as_array().unwrap();
+            fetch["name"] == "fetch"
+                && text(&fetch["attributes"], "key").is_some_and(|key| key.contains("objects/"))
+                && requests.iter().any(|event| event["name"] == "GET")
+                && read.is_some_and(|read| {
+                    read["name"] == "read"
+                        && read["traceId"] == fetch["traceId"]
+                        && text(&read["attributes"], "reference").as_deref() == Some("alice:data/1")
+                })
+        });
+        if joined {
+            break;
+        }
+    }
+    for span in &spans {
+        let hex = |field: &str, digits| {
+            let text = span[field].as_str().unwrap();
+            assert!(
+                text.len() == digits && text.bytes().all(|byte| byte.is_ascii_hexdigit()),
+                "{span}"
+            );
+        };
+        hex("traceId", 32);
+        hex("spanId", 16);
+        let at = |field: &str| span[field].as_str().unwrap().parse::<u64>().unwrap();
+        assert!(at("startTimeUnixNano") <= at("endTimeUnixNano"), "{span}");
+    }
+    // A collector that is gone keeps nobody waiting.
+    drop(listener);
+    sandbox.ok(&["cache", "evict"]);
+    sandbox.ok(&["unmount", "--all"]);
+    sandbox.ok(&["data", point.to_str().unwrap()]);
+    assert_eq!(fs::read(point.join("a")).unwrap().len(), 300_000);
+    sandbox.ok(&["unmount", "--all"]);
 }

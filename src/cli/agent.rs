@@ -110,7 +110,7 @@ fn keep(args: &AgentArgs) -> Result<(), CliError> {
 fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliError> {
     let overrides = Overrides::of_agent(args);
     let settings = config::load(&overrides)?;
-    let level = logging::start(settings.log_format.value, settings.log_level.value);
+    let level = logging::start_exporting(settings.log_format.value, settings.log_level.value);
     // A user's own goes with its mounts; root's, started to stay, is for all.
     let everybody = nix::unistd::geteuid().is_root() && !args.on_demand && !args.socket.own_agent;
     let socket = match (everybody, mount::named_socket(&args.socket)) {
@@ -195,7 +195,7 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
 /// An agent in the foreground with one mount, until that is unmounted or a signal comes.
 pub fn foreground(args: MountArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of_mount(&args))?;
-    let _ = logging::start(settings.log_format.value, settings.log_level.value);
+    let _ = logging::start_exporting(settings.log_format.value, settings.log_level.value);
     let request = mount::request(&args, &settings)?;
     let socket = own_socket(&args.socket)?;
     let lock = SocketLock::acquire(&socket).map_err(|error| match error {

@@ -4,11 +4,13 @@
 //! sd-daemon(3) has it, `<3>` to `<7>`, so that `journalctl -p warning` finds what it should; the time is
 //! the journal's own.
 
+mod otlp;
+
 use std::{fmt, io, os::unix::fs::MetadataExt};
 
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::{
-    EnvFilter, Layer,
+    EnvFilter, Layer, Registry,
     fmt::{FmtContext, FormatEvent, FormatFields, MakeWriter, format::Writer},
     layer::SubscriberExt,
     registry::LookupSpan,
@@ -25,17 +27,28 @@ pub type SetLevel = Box<dyn Fn(LogLevel) + Send + Sync>;
 /// To standard error, which is the log file of an agent started on demand, and the journal of a service.
 /// `GRID_MOUNT_LOG` filters finer than a level (`info`, `grid_mount=debug`), and then stays.
 pub fn start(format: LogFormat, level: LogLevel) -> SetLevel {
+    start_with(format, level, None::<tracing_subscriber::layer::Identity>)
+}
+
+/// As [`start`]; spans go to a collector, too, where one is named. Starts a thread for that.
+pub fn start_exporting(format: LogFormat, level: LogLevel) -> SetLevel {
+    start_with(format, level, otlp::layer())
+}
+
+fn start_with(
+    format: LogFormat,
+    level: LogLevel,
+    spans: Option<impl Layer<Registry> + Send + Sync>,
+) -> SetLevel {
     let named = EnvFilter::try_from_env("GRID_MOUNT_LOG").ok();
     let is_named = named.is_some();
     let of = |level: LogLevel| EnvFilter::new(level.to_string());
     let (filter, handle) = reload::Layer::new(named.unwrap_or_else(|| of(level)));
     let journal = std::env::var("JOURNAL_STREAM").is_ok_and(|stream| is_stderr(&stream));
     let coloured = !journal && output::stderr_is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    let registry = tracing_subscriber::registry().with(filter);
+    let lines = lines(format, journal, coloured, io::stderr).with_filter(filter);
     // One that is there already stays.
-    let _ = registry
-        .with(lines(format, journal, coloured, io::stderr))
-        .try_init();
+    let _ = tracing_subscriber::registry().with(spans).with(lines).try_init();
     Box::new(move |level| {
         if !is_named {
             let _ = handle.reload(of(level));
