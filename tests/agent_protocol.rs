@@ -124,6 +124,8 @@ fn the_examples_run_as_they_stand() {
                 shape.take(&body);
                 shape.was_all_seen();
             }
+            // Nothing records.
+            ("POST", "/v1/profiles") => assert_eq!(value(), serde_json::json!([])),
             ("POST", "/v1/warm") => {
                 let mut shape = Shape::of("warm");
                 shape.take(&last().to_string());
