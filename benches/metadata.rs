@@ -1,11 +1,17 @@
 //! What metadata costs through a real mount, beside the same tree on the native file system:
-//! `cargo bench --bench metadata -- [million|wide|ten-million]…` (default: the first two).
+//! `cargo bench --bench metadata -- [million|wide|ten-million|register|register-flat]…` (default: the first two).
 //!
 //! Builds a tree as a registered bucket would give it (one object with an ETag per file; the objects
 //! themselves do not exist, since nothing reads a byte), publishes it in a `file://` catalog of its own,
 //! and mounts it with the real binary. Each figure called "first" is of a mount made just before; natively,
 //! of a directory whose cached inodes and names the kernel was told to drop (root only). The native files
 //! are empty. Ten million are not made natively: that would measure how long they take to make.
+//!
+//! `register` and `register-flat` run the real command on a bucket of ten million keys, in 10,000 directories
+//! or in one, and watch its memory; the bucket is in this process, and only lists.
+
+#[path = "metadata/bucket.rs"]
+mod bucket;
 
 use std::{
     error::Error,
@@ -17,6 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bucket::{Bucket, Keys};
 use grid_mount::{
     catalog::{self, Draft, OriginLocation, TreePart, TreeParts},
     origin::{Deadlines, Pin, StoreSettings, StoreUrl},
@@ -102,6 +109,10 @@ fn main() -> Result<(), Failure> {
         names = vec!["million", "wide"];
     }
     for name in names {
+        if let Some(layout) = name.strip_prefix("register") {
+            register(layout == "-flat")?;
+            continue;
+        }
         let shape = SHAPES
             .iter()
             .find(|shape| shape.name == name)
@@ -174,6 +185,59 @@ fn measure(shape: &Shape) -> Result<(), Failure> {
         "  agent, beside mapped pages: {} MiB when mounted, then after each `find -ls`: {} MiB",
         memory[0],
         list(&memory[1..])
+    );
+    Ok(())
+}
+
+/// Registers ten million keys and tells what that took.
+fn register(flat: bool) -> Result<(), Failure> {
+    let world = World::new()?;
+    let [.., shape] = &SHAPES;
+    let key: Keys = match flat {
+        true => Box::new(|number| format!("data/image_{number:09}.JPEG")),
+        false => Box::new(|number| format!("data/{}", shape.file(number))),
+    };
+    let bucket = Bucket::start(shape.files, key)?;
+    let start = Instant::now();
+    let mut child = world
+        .command(&["register", "s3://bucket/data", "listed", "--json"])
+        .env("AWS_ENDPOINT_URL", bucket.endpoint())
+        .env("AWS_ACCESS_KEY_ID", "none")
+        .env("AWS_SECRET_ACCESS_KEY", "none")
+        .env("AWS_REGION", "us-east-1")
+        .env("TMPDIR", world.below("scratch"))
+        .stdout(Stdio::from(fs::File::create(world.below("registered"))?))
+        .spawn()?;
+    // The kernel keeps the peaks; what comes in the last moments before the end may be missed.
+    let (mut peak, mut resident) = (0.0, 0.0);
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        let pid = i64::from(child.id());
+        peak = process_memory(pid, "VmHWM:").unwrap_or(peak);
+        resident = process_memory(pid, "RssAnon:").map_or(resident, |now| now.max(resident));
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    if !status.success() {
+        return Err(format!("register: {status}").into());
+    }
+    let took = start.elapsed().as_secs_f64();
+    let told: serde_json::Value = serde_json::from_slice(&fs::read(world.below("registered"))?)?;
+    let files = told["record"]["totals"]["files"].as_u64();
+    if files != Some(shape.files) {
+        return Err(format!("{files:?} files were registered").into());
+    }
+    println!(
+        "register, {} keys {}: {took:.1} s, {} pages asked for, peak memory {peak:.1} MiB (VmHWM), {resident:.1} MiB \
+         beside mapped pages",
+        shape.files,
+        if flat {
+            "below one prefix"
+        } else {
+            "in 10,000 directories"
+        },
+        bucket.pages_asked(),
     );
     Ok(())
 }
@@ -297,6 +361,16 @@ fn timed(work: impl FnOnce() -> Result<(), Failure>) -> Result<Duration, Failure
     Ok(start.elapsed())
 }
 
+/// In MiB.
+fn process_memory(pid: i64, field: &str) -> Result<f64, Failure> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let kib = status.lines().find_map(|line| line.strip_prefix(field));
+    let kib = kib
+        .and_then(|rest| rest.split_whitespace().next())
+        .ok_or("no such field in /proc")?;
+    Ok(kib.parse::<f64>()? / 1024.0)
+}
+
 /// A home, a catalog, a cache and an agent of its own; gone when dropped.
 struct World {
     dir: tempfile::TempDir,
@@ -321,8 +395,9 @@ impl World {
         format!("file://{}", self.below(name).display())
     }
 
-    fn grid(&self, arguments: &[&str]) -> Result<String, Failure> {
-        let output = Command::new(env!("CARGO_BIN_EXE_grid-mount"))
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_grid-mount"));
+        command
             .args(arguments)
             .env("XDG_RUNTIME_DIR", self.below("run"))
             .env("XDG_CONFIG_HOME", self.below("config"))
@@ -331,8 +406,12 @@ impl World {
             .env("GRID_MOUNT_CACHE_DIR", self.below("cache"))
             .env("GRID_MOUNT_CACHE_SIZE", "8GiB")
             .env("GRID_MOUNT_CACHE_MIN_FREE", "0")
-            .env("GRID_MOUNT_USER", "me")
-            .output()?;
+            .env("GRID_MOUNT_USER", "me");
+        command
+    }
+
+    fn grid(&self, arguments: &[&str]) -> Result<String, Failure> {
+        let output = self.command(arguments).output()?;
         if !output.status.success() {
             return Err(format!(
                 "grid-mount {arguments:?}: {}",
@@ -381,13 +460,7 @@ impl World {
     fn agent_memory(&self) -> Result<String, Failure> {
         let status: serde_json::Value = serde_json::from_str(&self.grid(&["status", "--json"])?)?;
         let pid = status["agent"]["pid"].as_i64().ok_or("no agent in the status")?;
-        let process = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let kib = process.lines().find_map(|line| line.strip_prefix("RssAnon:"));
-        let kib: f64 = kib
-            .and_then(|rest| rest.split_whitespace().next())
-            .ok_or("no RssAnon")?
-            .parse()?;
-        Ok(format!("{:.1}", kib / 1024.0))
+        Ok(format!("{:.1}", process_memory(pid, "RssAnon:")?))
     }
 
     /// One line: on a new mount, again, and natively.

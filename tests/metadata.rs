@@ -249,6 +249,54 @@ fn every_file_says_where_it_is_from() {
     );
 }
 
+/// What was promised of a failing disk: the agent dies of it, but the tree goes first, the keeper starts the
+/// next one, which fetches it anew, and whoever was listing only waits.
+#[test]
+fn a_tree_that_cannot_be_read_any_more_costs_an_agent_and_no_answer() {
+    if !Path::new("/dev/fuse").exists() {
+        sandbox::skip("a mapped tree that fails", "there is no /dev/fuse");
+        return;
+    }
+    let sandbox = sandbox::Sandbox::new();
+    let source = sandbox.path("source");
+    for directory in 0..8 {
+        let dir = source.join(format!("d{directory}"));
+        fs::create_dir_all(&dir).unwrap();
+        for file in 0..500 {
+            fs::write(dir.join(format!("f{file:03}")), "").unwrap();
+        }
+    }
+    let point = sandbox.path("mnt/point");
+    sandbox.ok(&["publish", source.to_str().unwrap(), "data"]);
+    sandbox.ok(&["data", point.to_str().unwrap()]);
+    let agent = sandbox.agent_pid().unwrap();
+    let trees = fs::read_dir(sandbox.path("cache/grid/trees")).unwrap();
+    let trees: Vec<PathBuf> = trees
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| fs::metadata(path).unwrap().len() > 64 << 10)
+        .collect();
+    let [tree] = &trees[..] else { panic!("{trees:?}") };
+    fs::OpenOptions::new()
+        .write(true)
+        .open(tree)
+        .unwrap()
+        .set_len(4096)
+        .unwrap();
+
+    let listed = |root: &Path| {
+        let mut lines: Vec<String> = run("find", &[".", "-type", "f"], root)
+            .lines()
+            .map(str::to_owned)
+            .collect();
+        lines.sort();
+        lines
+    };
+    assert_eq!(listed(&point), listed(&source));
+    assert_ne!(sandbox.agent_pid().unwrap(), agent, "nothing failed");
+    let log = fs::read_to_string(sandbox.path("run/grid-mount/agent.log")).unwrap();
+    assert!(log.contains("is removed to be fetched anew"), "{log}");
+}
+
 fn c_string(text: impl AsRef<std::ffi::OsStr>) -> std::ffi::CString {
     use std::os::unix::ffi::OsStrExt;
     std::ffi::CString::new(text.as_ref().as_bytes()).unwrap()
