@@ -600,7 +600,7 @@ async fn list(state: &State, stream: &mut BufReader<TcpStream>, request: &Reques
     {
         let objects = state.objects.lock().expect("objects");
         for (key, stored) in objects
-            .range(prefix.clone()..)
+            .range(prefix.clone().max(after.clone())..)
             .take_while(|(key, _)| key.starts_with(&prefix))
         {
             if *key <= after
