@@ -277,6 +277,17 @@ fn keys_that_run_out_ten_times_under_a_read_are_renewed_and_nobody_notices() {
     let keys = || alice.status()["mounts"][0]["credentials"].clone();
     let renewals = || keys()["renewals"].as_u64().unwrap();
 
+    // Neither leaves its secrets in a core file.
+    for pid in [replica.pid(), alice.agent_pid().unwrap() as u32] {
+        let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+        let core = limits.lines().find(|line| line.starts_with("Max core file size"));
+        assert_eq!(
+            core.and_then(|line| line.split_whitespace().nth(4)),
+            Some("0"),
+            "{limits}"
+        );
+    }
+
     // What was lent to begin with is the difference between what the bank counts and what the mount does.
     let (first, at_first) = (bank.lent() - renewals(), renewals());
     let data = fs::File::open(mount.join("data")).unwrap();
