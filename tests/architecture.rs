@@ -36,6 +36,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "fuse",
             "handover",
             "keeper",
+            "profile",
         ],
     ),
     // It asks an agent as a user would, and reads what was resolved.

@@ -210,3 +210,28 @@ fn a_control_plane_that_is_down_stops_no_reader_and_a_mount_waits_for_it() {
     assert!(waiting.wait_with_output().unwrap().status.success());
     assert_same_tree(&a, &source, &two);
 }
+
+#[test]
+fn a_proxy_is_asked_where_one_is_named() {
+    use std::io::{Read, Write};
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let proxy = format!("http://{}", listener.local_addr().unwrap());
+    let asking = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut request = vec![0; 4096];
+        let length = stream.read(&mut request).unwrap();
+        stream
+            .write_all(b"HTTP/1.1 401 Unauthorized\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+            .unwrap();
+        String::from_utf8_lossy(&request[..length]).into_owned()
+    });
+    let somebody = sandbox::Sandbox::new()
+        .env("GRID_MOUNT_CATALOG", "http://plane.example")
+        .env("GRID_MOUNT_TOKEN", "gmt_x")
+        .env("HTTP_PROXY", &proxy)
+        .env("http_proxy", &proxy);
+    let said = somebody.fails(1, &["list"]);
+    assert!(said.contains("http://plane.example does not accept"), "{said}");
+    let asked = asking.join().unwrap();
+    assert!(asked.starts_with("GET http://plane.example/v1/me"), "{asked}");
+}

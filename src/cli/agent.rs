@@ -31,7 +31,19 @@ const FIRST_MOUNT_PATIENCE: Duration = Duration::from_secs(5);
 /// Between the last unmount and the end: the answer to it is still on its way.
 const LINGER: Duration = Duration::from_millis(50);
 
+/// What this process holds for others (keys, tokens) is not to lie in a core file. Only the soft limit:
+/// `prlimit --core` allows cores again where one is wanted.
+pub fn leave_no_core() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let lowered =
+        getrlimit(Resource::RLIMIT_CORE).and_then(|(_, most)| setrlimit(Resource::RLIMIT_CORE, 0, most));
+    if let Err(error) = lowered {
+        tracing::warn!(%error, "core files are not prevented");
+    }
+}
+
 pub fn agent(args: AgentArgs) -> Result<(), CliError> {
+    leave_no_core();
     if args.keep {
         return keep(&args);
     }
@@ -194,6 +206,7 @@ fn agent_inner(args: &AgentArgs, readiness: &mut Readiness) -> Result<(), CliErr
 
 /// An agent in the foreground with one mount, until that is unmounted or a signal comes.
 pub fn foreground(args: MountArgs) -> Result<(), CliError> {
+    leave_no_core();
     let settings = config::load(&Overrides::of_mount(&args))?;
     let _ = logging::start_exporting(settings.log_format.value, settings.log_level.value);
     let request = mount::request(&args, &settings)?;

@@ -48,6 +48,7 @@ fn store(settings: &Settings) -> Result<crate::origin::Store, CliError> {
 }
 
 async fn serve(args: ServeArgs, settings: &Settings, keeper: Keeper) -> Result<(), CliError> {
+    super::agent::leave_no_core();
     let _ = logging::start(settings.log_format.value, settings.log_level.value);
     let lending = match args.credentials {
         Some(path) => Lending::from_file(path).await.map_err(CliError::failed)?,

@@ -20,7 +20,7 @@ use super::{
 use crate::{
     agent::control::{AgentInfo, MountInfo},
     catalog,
-    origin::StoreUrl,
+    origin::{LoanState, StoreUrl},
     reference::{QualifiedName, Reference, VersionNumber, VersionSelector},
 };
 
@@ -293,6 +293,24 @@ fn overview(mounts: &[Shown]) -> String {
 }
 
 /// Everything about one mount.
+/// How the keys are doing that a control plane lends for a mount.
+fn lent(keys: &LoanState) -> String {
+    let until = keys.expires.map(|at| at.strftime("%Y-%m-%d %H:%M:%SZ"));
+    let mut text = match (keys.expired, until) {
+        (true, Some(until)) => {
+            let expired = format!("expired at {until}: only what is in the cache can be read");
+            output::toned(Tone::Bad, &expired)
+        }
+        (_, Some(until)) => format!("lent until {until}"),
+        (_, None) => "lent until they are refused".to_owned(),
+    };
+    let _ = write!(text, "; renewed {} times", keys.renewals);
+    if let Some(error) = &keys.last_error {
+        let _ = write!(text, "; the last try failed: {error}");
+    }
+    text
+}
+
 fn card(Shown { info, newer_version }: &Shown) -> String {
     let traffic = &info.traffic;
     let mut text = output::toned(
@@ -367,6 +385,9 @@ fn card(Shown { info, newer_version }: &Shown) -> String {
             output::seconds(traffic.waited_seconds)
         ),
     );
+    if let Some(keys) = &info.credentials {
+        line("keys", lent(keys));
+    }
     if let Some(error) = &traffic.last_error {
         let failed = format!("{} failed, the last: {error}", traffic.failures);
         line("errors", output::toned(Tone::Bad, &failed));

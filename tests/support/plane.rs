@@ -68,6 +68,10 @@ impl Administrator {
 }
 
 impl Replica {
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn address(&self) -> String {
         self.url.split_once("://").unwrap().1.to_owned()
     }

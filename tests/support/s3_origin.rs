@@ -12,7 +12,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -93,6 +93,8 @@ struct State {
     ranges: Mutex<Vec<(String, u64, u64)>>,
     /// The id of the only access key that is taken, and with what error others are refused.
     keys: Mutex<Option<(String, u16, &'static str)>>,
+    /// Until when keys of these ids are taken; `None`: any key for ever.
+    lent: Mutex<Option<BTreeMap<String, Instant>>>,
     /// Requests refused for their keys.
     refused: AtomicU64,
     /// (key, size) of every object that came to be, in order; one that is overwritten, again.
@@ -188,6 +190,13 @@ impl S3Origin {
     /// From now on only requests signed with the key of this id are served; others get this error.
     pub fn take_only(&self, key: &str, status: u16, code: &'static str) {
         *self.state.keys.lock().expect("keys") = Some((key.to_owned(), status, code));
+    }
+
+    /// From the first call on only requests signed with such keys are served, and for so long.
+    pub fn take_for(&self, key: &str, life: Duration) {
+        let mut lent = self.state.lent.lock().expect("lent keys");
+        lent.get_or_insert_default()
+            .insert(key.to_owned(), Instant::now() + life);
     }
 
     /// Requests refused for their keys so far.
@@ -314,6 +323,21 @@ async fn serve(state: Arc<State>, stream: TcpStream) {
             let signature = request.headers.get("authorization");
             !signature.is_some_and(|text| text.contains(&format!("Credential={key}/")))
         });
+        let expired = state
+            .lent
+            .lock()
+            .expect("lent keys")
+            .as_ref()
+            .is_some_and(|lent| {
+                let signature = request.headers.get("authorization");
+                let id = signature.and_then(|text| text.split_once("Credential=")?.1.split_once('/'));
+                id.and_then(|(id, _)| lent.get(id))
+                    .is_none_or(|until| *until < Instant::now())
+            });
+        let refusal = match refusal {
+            None if expired => Some((String::new(), 403, "ExpiredToken")),
+            refusal => refusal,
+        };
         if let Some((_, status, code)) = refusal {
             state.refused.fetch_add(1, Relaxed);
             if error(&mut stream, status, code).await.is_err() {
@@ -576,7 +600,7 @@ async fn list(state: &State, stream: &mut BufReader<TcpStream>, request: &Reques
     {
         let objects = state.objects.lock().expect("objects");
         for (key, stored) in objects
-            .range(prefix.clone()..)
+            .range(prefix.clone().max(after.clone())..)
             .take_while(|(key, _)| key.starts_with(&prefix))
         {
             if *key <= after

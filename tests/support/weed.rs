@@ -27,6 +27,19 @@ pub const ACCESS_KEY: &str = "grid-test";
 pub const SECRET_KEY: &str = "grid-test-secret";
 pub const REGION: &str = "us-east-1";
 
+/// May do anything that the policy which comes with the request allows as well.
+pub const ROLE: &str = "arn:aws:iam::role/Anything";
+const ROLES: &str = r#"{
+    "sts": {"tokenDuration": "1h", "maxSessionLength": "12h", "issuer": "grid-test",
+        "signingKey": "Z3JpZC10ZXN0LXNpZ25pbmcta2V5LTMyLWJ5dGVzISE="},
+    "policy": {"defaultEffect": "Deny", "storeType": "memory"},
+    "policies": [{"name": "All", "document": {"Version": "2012-10-17",
+        "Statement": [{"Effect": "Allow", "Action": ["s3:*"], "Resource": ["*"]}]}}],
+    "roles": [{"roleName": "Anything", "roleArn": "arn:aws:iam::role/Anything", "attachedPolicies": ["All"],
+        "trustPolicy": {"Version": "2012-10-17",
+            "Statement": [{"Effect": "Allow", "Principal": {"AWS": "*"}, "Action": ["sts:AssumeRole"]}]}}]
+}"#;
+
 pub struct Weed {
     child: Child,
     s3_port: u16,
@@ -81,6 +94,15 @@ impl Weed {
     /// `None` (and a line that says why) if there is no binary; panics where nothing may be skipped, or
     /// if the server does not start.
     pub fn start() -> Option<Self> {
+        Self::start_with(false)
+    }
+
+    /// With a token service too, on the same port: it lends [`ROLE`] to whoever has the administrator's keys.
+    pub fn start_with_tokens() -> Option<Self> {
+        Self::start_with(true)
+    }
+
+    fn start_with(tokens: bool) -> Option<Self> {
         let binary = match find_binary() {
             Ok(binary) => binary,
             Err(reason) => {
@@ -90,7 +112,7 @@ impl Weed {
         };
         let mut failures = String::new();
         for _ in 0..ATTEMPTS {
-            match Self::try_start(&binary) {
+            match Self::try_start(&binary, tokens) {
                 Ok(weed) => return Some(weed),
                 Err(failure) => writeln!(failures, "{failure}").expect("writing to a string"),
             }
@@ -98,7 +120,7 @@ impl Weed {
         panic!("SeaweedFS does not start:\n{failures}");
     }
 
-    fn try_start(binary: &Path) -> Result<Self, String> {
+    fn try_start(binary: &Path, tokens: bool) -> Result<Self, String> {
         let dir = tempfile::Builder::new()
             .prefix("grid-weed-")
             .tempdir()
@@ -114,6 +136,10 @@ impl Weed {
             ),
         )
         .map_err(|e| e.to_string())?;
+        let roles = dir.path().join("iam.json");
+        if tokens {
+            std::fs::write(&roles, ROLES).map_err(|e| e.to_string())?;
+        }
         let data = dir.path().join("data");
         std::fs::create_dir(&data).map_err(|e| e.to_string())?;
         let log = std::fs::File::create(dir.path().join("log")).map_err(|e| e.to_string())?;
@@ -160,6 +186,7 @@ impl Weed {
                 "-master.volumeSizeLimitMB=256",
             ])
             .arg(format!("-s3.config={}", config.display()))
+            .args(tokens.then(|| format!("-s3.iam.config={}", roles.display())))
             .current_dir(dir.path())
             .env("HOME", dir.path())
             .stdin(Stdio::null())
