@@ -33,11 +33,16 @@ fn publish(sandbox: &Sandbox, name: &str) {
 
 fn record(sandbox: &Sandbox) -> serde_json::Value {
     let file = sandbox.path("run/grid-mount/session.json");
-    let printed: serde_json::Value =
-        serde_json::from_str(&sandbox.ok(&["session", "status", "--json"])).unwrap();
-    let written: serde_json::Value = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
-    assert_eq!(printed, written);
-    written
+    let parsed = |bytes: &[u8]| serde_json::from_slice::<serde_json::Value>(bytes).unwrap();
+    // What is tried again in the background may write it anew meanwhile.
+    loop {
+        let before = fs::read(&file).unwrap();
+        let printed = sandbox.ok(&["session", "status", "--json"]);
+        if fs::read(&file).unwrap() == before {
+            assert_eq!(parsed(printed.as_bytes()), parsed(&before));
+            return parsed(&before);
+        }
+    }
 }
 
 fn wait_for<T>(what: &str, mut done: impl FnMut() -> Option<T>) -> T {

@@ -186,10 +186,10 @@ pub struct MountArgs {
     /// How the kernel reads: auto, passthrough or no-open
     #[arg(long, value_enum, default_value_t = IoModeArg::Auto, hide_default_value = true, hide_possible_values = true)]
     pub io_mode: IoModeArg,
-    /// What to fetch before it is asked for: auto, none or all
+    /// What to fetch unasked: auto, none or all
     #[arg(long, value_name = "WHAT")]
     pub prefetch: Option<String>,
-    /// Note down in which order it is read, for the next mount to fetch in
+    /// Note down the order of reading, for the next mount
     #[arg(long)]
     pub record_profile: bool,
     /// Who else may read it: group or all

@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// An agent may be ending just as it is asked for something; a new one is then started, once it has.
-pub const AGENT_TRIES: usize = 50;
+pub const AGENT_TRIES: usize = 300;
 pub const AGENT_PAUSE: Duration = Duration::from_millis(100);
 
 pub async fn mount(args: MountArgs) -> Result<(), CliError> {

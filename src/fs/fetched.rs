@@ -32,9 +32,10 @@ const KNOWN_INODES: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
 const KNOWN_BUNDLES: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 /// A file up to this size that shares its object is one of many.
 const SMALL: u64 = 1 << 20;
-/// A warm-up asks for pieces of up to this size, so many at once.
+/// A warm-up asks for pieces of up to this size, so many at once: of small objects, each a request, enough to
+/// fill a pool of connections.
 const WARM_PIECE: u64 = 64 << 20;
-const WARM_AT_ONCE: usize = 16;
+const WARM_AT_ONCE: usize = 48;
 /// A version that did not fit the cache is not measured again for so long.
 const MEASURE_AGAIN: Duration = Duration::from_secs(10);
 
@@ -107,7 +108,9 @@ impl<S: Sources> Shared<S> {
                     return;
                 };
                 let object = self.fetcher.open(&self.domain, source);
-                if let Err(error) = self.fetcher.warm(&object, range, Priority::WarmUp).await {
+                // This mount's own readers will want it: that is readahead, however far. A warm-up for nobody
+                // in particular keeps to a small share while readers wait.
+                if let Err(error) = self.fetcher.warm(&object, range, Priority::Readahead).await {
                     tracing::debug!(%error, "warming up failed in places");
                 }
             })
