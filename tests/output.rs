@@ -345,7 +345,7 @@ fn every_shape_is_written_down_and_looked_at() {
     let dir = sandbox.path("man");
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let document = fs::read_to_string(root.join("docs/json.md")).unwrap();
-    let tests: String = ["output.rs", "output_team.rs", "agent_protocol.rs"]
+    let tests: String = ["output.rs", "output_team.rs", "agent_protocol.rs", "profile.rs"]
         .map(|file| fs::read_to_string(root.join("tests").join(file)).unwrap())
         .concat();
     for page in sandbox.ok(&["man", "--dir", dir.to_str().unwrap()]).lines() {
@@ -357,7 +357,9 @@ fn every_shape_is_written_down_and_looked_at() {
         }
         // One word of two for the commands below a command.
         let command = match command.split_once('-') {
-            Some((above @ ("cache" | "session" | "catalog"), below)) => format!("{above} {below}"),
+            Some((above @ ("cache" | "session" | "catalog" | "profile"), below)) => {
+                format!("{above} {below}")
+            }
             _ => command.to_owned(),
         };
         if command == "cache path" {
