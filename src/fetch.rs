@@ -576,7 +576,8 @@ enum Ahead {
     Stream {
         piece: u64,
     },
-    /// They lie beside a small file, and are worth it only if the cache keeps them. So with a warm-up.
+    /// They lie beside a small file, or a profile or the mount's own warm-up names them: worth it only if the
+    /// cache keeps them. So with a warm-up for nobody in particular.
     Neighbours,
     WarmUp,
 }
@@ -585,9 +586,7 @@ impl Ahead {
     fn of(priority: Priority) -> Self {
         match priority {
             Priority::Waited => Self::No,
-            Priority::Readahead => Self::Stream {
-                piece: BLOCKS_PER_EXTENT,
-            },
+            Priority::Readahead => Self::Neighbours,
             Priority::WarmUp => Self::WarmUp,
         }
     }
