@@ -1,6 +1,6 @@
 //! A real systemd in a throw-away container, with this program installed by its own install step.
 //!
-//! The box comes from `GRID_MOUNT_SYSTEMD_BOX`, or lies beside the checkout. Dropping it ends it.
+//! `boot-systemd`, beside this file, makes it. Dropping it ends it.
 
 #![allow(dead_code, reason = "each test file uses its own part of it")]
 
@@ -13,7 +13,7 @@ use std::{
 };
 
 pub const DEADLINE: Duration = Duration::from_secs(60);
-const BESIDE: &str = "../shared/systemd-box";
+const PROGRAM: &str = "tests/support/boot-systemd";
 
 pub struct SystemdBox {
     dir: tempfile::TempDir,
@@ -28,22 +28,11 @@ fn skip(why: &str) {
 }
 
 fn program() -> Option<PathBuf> {
-    let found = match env::var_os("GRID_MOUNT_SYSTEMD_BOX") {
-        Some(path) => PathBuf::from(path),
-        None => Path::new(env!("CARGO_MANIFEST_DIR")).join(BESIDE),
-    };
     if !nix::unistd::geteuid().is_root() {
         skip("the tests do not run as root");
         return None;
     }
-    if !found.exists() {
-        skip(&format!(
-            "there is no {} (GRID_MOUNT_SYSTEMD_BOX names another)",
-            found.display()
-        ));
-        return None;
-    }
-    Some(found)
+    Some(Path::new(env!("CARGO_MANIFEST_DIR")).join(PROGRAM))
 }
 
 impl SystemdBox {
@@ -83,7 +72,7 @@ impl SystemdBox {
         control
             .arg(command)
             .arg(self.dir.path())
-            .env("SYSTEMD_BOX_TIMEOUT", "60")
+            .env("BOOT_SYSTEMD_TIMEOUT", "60")
             .stdin(Stdio::null());
         control
     }
