@@ -147,6 +147,11 @@ impl SystemdBox {
             .collect()
     }
 
+    /// Shuts it down as one would a host; what the box says of that.
+    pub fn power_off(&self) -> String {
+        told(&self.control("down").output().unwrap())
+    }
+
     pub fn wait_for<T>(&self, what: &str, mut done: impl FnMut() -> Option<T>) -> T {
         let begun = Instant::now();
         loop {
