@@ -59,6 +59,9 @@ pub use crate::{
     fetch::FetchConfig,
 };
 
+/// A busy disk may take long to make the cache durable: an agent that ends waits no longer.
+const SETTLE_PATIENCE: Duration = Duration::from_secs(10);
+
 #[derive(Clone, Debug)]
 pub struct AgentConfig {
     pub cache: CacheConfig,
@@ -263,8 +266,14 @@ impl Agent {
                 tracing::error!(mount_point = %mount.info.mount_point.display(), error, "not unmounted");
             }
         }
-        if let Err(error) = self.cache.settle() {
-            tracing::warn!(%error, "the cache's order is not saved");
+        // What is not durable then is checked before it is used: no reason to hang on a busy disk.
+        let cache = Arc::clone(&self.cache);
+        let settling = tokio::task::spawn_blocking(move || cache.settle());
+        match tokio::time::timeout(SETTLE_PATIENCE, settling).await {
+            Ok(Ok(Ok(()))) => {}
+            Ok(Ok(Err(error))) => tracing::warn!(%error, "the cache is not settled"),
+            Ok(Err(error)) => tracing::warn!(%error, "the cache is not settled"),
+            Err(_) => tracing::warn!(after = ?SETTLE_PATIENCE, "the disk is busy: the cache is not settled"),
         }
     }
 }
