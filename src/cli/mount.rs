@@ -28,7 +28,9 @@ use crate::{
 };
 
 /// An agent may be ending just as it is asked for something; a new one is then started, once it has.
-pub const AGENT_TRIES: usize = 300;
+pub const AGENT_TRIES: usize = 50;
+/// A mount, which nobody asks for in vain, waits longer: an agent that ends may wait for a busy disk.
+const MOUNT_TRIES: usize = 300;
 pub const AGENT_PAUSE: Duration = Duration::from_millis(100);
 
 pub async fn mount(args: MountArgs) -> Result<(), CliError> {
@@ -52,7 +54,7 @@ pub async fn through_agent(
     request: &MountRequest,
 ) -> Result<MountInfo, CliError> {
     let mut last = None;
-    for _ in 0..AGENT_TRIES {
+    for _ in 0..MOUNT_TRIES {
         let client = match connect(socket).await? {
             Some(client) => client,
             None => start_agent(settings)?,
