@@ -8,6 +8,7 @@
 
 mod disk;
 mod epochs;
+mod extent;
 mod held;
 mod object;
 pub mod policy;
@@ -15,6 +16,7 @@ mod recovery;
 mod sidecar;
 mod slot;
 mod space;
+mod sync;
 #[cfg(test)]
 mod tests;
 mod trees;

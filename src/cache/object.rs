@@ -1,8 +1,6 @@
 //! One object of the cache, held: its files, the presence of its blocks, reading and filling.
 //!
-//! Owns the protocol between readers, fillers and eviction. One word per extent, the *gate*, decides:
-//! readers and fillers pin the extent by adding one; eviction takes it only when nobody has it
-//! pinned, and whoever comes meanwhile finds the extent absent. Nobody ever waits for a gate.
+//! Owns the files' life and what is done with them; who may touch an extent at a time is [`super::extent`]'s.
 
 use std::{
     fs::File,
@@ -11,7 +9,7 @@ use std::{
     os::unix::fs::{FileExt, MetadataExt},
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
 };
 
@@ -19,6 +17,7 @@ use parking_lot::{Mutex, RwLock};
 
 use super::{
     CacheError, ObjectId, Purpose, Shared, VerifyPolicy, disk,
+    extent::{Extent, Seal},
     policy::Unit,
     sidecar::{self, Sidecar},
     slot::{ABSENT, HEADER_LEN, Header, Slot},
@@ -30,39 +29,8 @@ use crate::block::{
 /// Nothing larger is cached: it bounds what a record that lies about a size can make us allocate.
 pub const LARGEST: u64 = 64 << 40;
 
-const EVICTING: u32 = 1 << 31;
 /// Extents come to memory in chunks, when first touched.
 const CHUNK: usize = 64;
-
-#[derive(Default)]
-struct Extent {
-    /// One bit per block: its slot is sound.
-    present: AtomicU64,
-    /// One bit per block: it may be served without looking at its checksum.
-    trusted: AtomicU64,
-    gate: AtomicU32,
-    /// The policy's clock when this extent was last reported to it.
-    reported: AtomicU32,
-    /// The sidecar has been read into `present`.
-    loaded: AtomicBool,
-}
-
-/// While this lives the extent is not evicted.
-struct Pin<'a>(&'a Extent);
-
-impl Drop for Pin<'_> {
-    fn drop(&mut self) {
-        self.0.gate.fetch_sub(1, Ordering::Release);
-    }
-}
-
-impl Extent {
-    fn pin(&self) -> Option<Pin<'_>> {
-        let before = self.gate.fetch_add(1, Ordering::Acquire);
-        let pin = Pin(self);
-        (before & EVICTING == 0).then_some(pin)
-    }
-}
 
 /// The open files of an object. Dropped when the last user of an unlinked object is done.
 pub(super) struct Files {
@@ -70,7 +38,7 @@ pub(super) struct Files {
     data: File,
     sidecar: Sidecar,
     inode: u64,
-    sealed: AtomicBool,
+    sealed: Seal,
     extents: Box<[OnceLock<Box<[Extent; CHUNK]>>]>,
     loading: Mutex<()>,
     /// Bytes on the disk as last counted into the cache's total; see `Files::count`.
@@ -208,10 +176,10 @@ impl CachedObject {
                 return false;
             }
             let wanted = mask(&part);
-            if extent.present.load(Ordering::Acquire) & wanted != wanted {
+            if extent.present() & wanted != wanted {
                 return false;
             }
-            let doubtful = wanted & !extent.trusted.load(Ordering::Acquire);
+            let doubtful = wanted & !extent.trusted();
             if doubtful != 0 && !bits(doubtful).all(|bit| self.check(files, extent, number, bit)) {
                 return false;
             }
@@ -278,7 +246,7 @@ impl CachedObject {
     fn present(&self, files: &Files, number: ExtentNo) -> u64 {
         let extent = files.extent(number);
         match extent.pin() {
-            Some(_pin) if self.load(files, extent, number) => extent.present.load(Ordering::Acquire),
+            Some(_pin) if self.load(files, extent, number) => extent.present(),
             _ => 0,
         }
     }
@@ -318,7 +286,7 @@ impl CachedObject {
         if !self.load(&files, extent, number) {
             return Err(CacheError::Busy);
         }
-        if extent.present.load(Ordering::Acquire) & bit(block) != 0 || files.sealed.load(Ordering::Acquire) {
+        if extent.present() & bit(block) != 0 || files.sealed.is_set() {
             return Ok(());
         }
         let sum = crc32c::crc32c(bytes);
@@ -335,8 +303,7 @@ impl CachedObject {
                 .set_slot(&files.data, block, slot.encode(&self.id, block))
                 .map_err(context)?;
         }
-        extent.trusted.fetch_or(bit(block), Ordering::AcqRel);
-        let before = extent.present.fetch_or(bit(block), Ordering::AcqRel);
+        let before = extent.publish(bit(block));
         files.count();
         if before == 0 {
             self.shared
@@ -362,13 +329,13 @@ impl CachedObject {
 
     /// Reads the extent's slots, the first time. False when the disk fails. The caller has it pinned.
     fn load(&self, files: &Files, extent: &Extent, number: ExtentNo) -> bool {
-        if extent.loaded.load(Ordering::Acquire) {
+        if extent.loaded() {
             return true;
         }
         // One reader of this object at a time, once per extent: a later look must not bring back a
         // block that was found damaged meanwhile.
         let turn = files.loading.lock();
-        if extent.loaded.load(Ordering::Acquire) {
+        if extent.loaded() {
             return true;
         }
         let words = match files.sidecar.slots(number, self.size) {
@@ -390,16 +357,14 @@ impl CachedObject {
                 }
             }
         }
-        if files.sealed.load(Ordering::Acquire) && present != mask(&number.byte_range(self.size)) {
+        if files.sealed.is_set() && present != mask(&number.byte_range(self.size)) {
             // Sealed and incomplete cannot be: the sidecar is damaged, and the data is never rewritten.
             self.shared.counters.damaged();
             drop(turn);
             self.discard();
             return false;
         }
-        extent.trusted.store(trusted, Ordering::Release);
-        extent.present.store(present, Ordering::Release);
-        extent.loaded.store(true, Ordering::Release);
+        extent.load(present, trusted);
         true
     }
 
@@ -420,7 +385,7 @@ impl CachedObject {
         })();
         match outcome {
             Ok(Some(slot)) => {
-                extent.trusted.fetch_or(bit(block), Ordering::AcqRel);
+                extent.trust(bit(block));
                 if self.shared.epochs.suspect(slot.epoch) {
                     // It lies on the disk as it should: say so, or every later boot checks it again.
                     let writing = self.shared.epochs.write();
@@ -454,9 +419,8 @@ impl CachedObject {
     fn disown(&self, files: &Files, extent: &Extent, number: ExtentNo, index: u32) {
         let block = BlockNo(number.0 * BLOCKS_PER_EXTENT + u64::from(index));
         tracing::warn!(object = %self.id, block = block.0, "a cached block is damaged and will be fetched again");
-        extent.present.fetch_and(!bit(block), Ordering::AcqRel);
-        extent.trusted.fetch_and(!bit(block), Ordering::AcqRel);
-        if files.sealed.load(Ordering::Acquire) {
+        extent.disown(bit(block));
+        if files.sealed.is_set() {
             // Never rewritten: the whole object goes.
             self.discard();
         } else if let Err(error) = files.sidecar.set_slot(&files.data, block, ABSENT) {
@@ -602,7 +566,7 @@ impl CachedObject {
             data,
             sidecar,
             inode: header.inode,
-            sealed: AtomicBool::new(header.sealed),
+            sealed: Seal::new(header.sealed),
             extents: (0..chunks).map(|_| OnceLock::new()).collect(),
             loading: Mutex::new(()),
             allocated: Mutex::new(0),
@@ -622,10 +586,10 @@ impl CachedObject {
             let extent = files.extent(number);
             let _pin = extent.pin()?;
             let whole = mask(&number.byte_range(self.size));
-            if !self.load(&files, extent, number) || extent.present.load(Ordering::Acquire) & whole != whole {
+            if !self.load(&files, extent, number) || extent.present() & whole != whole {
                 return None;
             }
-            let doubtful = whole & !extent.trusted.load(Ordering::Acquire);
+            let doubtful = whole & !extent.trusted();
             if !bits(doubtful).all(|bit| self.check(&files, extent, number, bit)) {
                 return None;
             }
@@ -636,13 +600,10 @@ impl CachedObject {
         if files.unlinked.load(Ordering::Acquire) {
             return None;
         }
-        if !files.sealed.swap(true, Ordering::SeqCst) {
-            let complete = (0..self.size.div_ceil(EXTENT_SIZE)).map(ExtentNo).all(|number| {
-                let extent = files.extent(number);
-                let whole = mask(&number.byte_range(self.size));
-                let pin = extent.pin();
-                pin.is_some() && extent.present.load(Ordering::Acquire) & whole == whole
-            });
+        if !files.sealed.set() {
+            let complete = (0..self.size.div_ceil(EXTENT_SIZE))
+                .map(ExtentNo)
+                .all(|number| files.extent(number).stands(mask(&number.byte_range(self.size))));
             let header = Header {
                 size: self.size,
                 inode: files.inode,
@@ -663,7 +624,7 @@ impl CachedObject {
             if !recorded {
                 // Nothing was handed out; but if the header was written, it may stand on the disk:
                 // it then says less than the truth allows, which is harmless.
-                files.sealed.store(false, Ordering::SeqCst);
+                files.sealed.withdraw();
                 return None;
             }
             self.shared.sealed(self.id, self.size);
@@ -691,8 +652,7 @@ impl CachedObject {
     }
 
     pub fn sealed(&self) -> bool {
-        self.files()
-            .is_some_and(|files| files.sealed.load(Ordering::Acquire))
+        self.files().is_some_and(|files| files.sealed.is_set())
     }
 
     /// Gives one extent back to the file system.
@@ -700,7 +660,7 @@ impl CachedObject {
         let Some(files) = self.files() else {
             return Ok(Evicted::Gone);
         };
-        if self.size <= EXTENT_SIZE || files.sealed.load(Ordering::SeqCst) || !self.shared.abilities.punch {
+        if self.size <= EXTENT_SIZE || files.sealed.is_set() || !self.shared.abilities.punch {
             drop(files);
             return self.evict_whole();
         }
@@ -711,21 +671,12 @@ impl CachedObject {
         if !extent.pin().is_some_and(|_pin| self.load(&files, extent, number)) {
             return Ok(Evicted::Busy);
         }
-        if extent
-            .gate
-            .compare_exchange(0, EVICTING, Ordering::SeqCst, Ordering::SeqCst)
-            .is_err()
-        {
+        let Some(taken) = extent.take(&files.sealed) else {
             return Ok(Evicted::Busy);
-        }
+        };
         let outcome = (|| {
-            // Sealing marks first and then looks at every gate; here it is the other way round.
-            if files.sealed.load(Ordering::SeqCst) {
-                return Ok(Evicted::Busy);
-            }
             let words = files.sidecar.slots(number, self.size)?;
-            extent.present.store(0, Ordering::Release);
-            extent.trusted.store(0, Ordering::Release);
+            taken.clear();
             files.sidecar.clear(&files.data, number, self.size)?;
             // A power cut must not keep the hole and lose the cleared slots, or zeros would pass for
             // data. Blocks that would be checked after a power cut anyway need no sync.
@@ -740,7 +691,7 @@ impl CachedObject {
             disk::punch(&files.data, number.byte_range(self.size))?;
             Ok(Evicted::Gone)
         })();
-        extent.gate.fetch_and(!EVICTING, Ordering::SeqCst);
+        drop(taken);
         files.count();
         let empty = disk::allocated(&files.data).is_ok_and(|bytes| bytes == 0);
         drop(files);
@@ -825,7 +776,7 @@ impl CachedObject {
             if !self.load(&files, extent, number) {
                 continue;
             }
-            for bit in bits(extent.present.load(Ordering::Acquire)) {
+            for bit in bits(extent.present()) {
                 checked += 1;
                 damaged += u64::from(!self.check(&files, extent, number, bit));
             }
