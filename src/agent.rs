@@ -169,10 +169,11 @@ impl Agent {
     /// As [`Agent::new`], for whom `access` says.
     pub fn serving(config: AgentConfig, keeping: Keeping, access: Access) -> Result<Arc<Self>, AgentError> {
         fuse::keep_buffers_out_of_the_heap();
-        let cache = Cache::open(config.cache.clone()).map_err(|source| AgentError::Cache {
-            dir: config.cache.dir.clone(),
-            source,
-        })?;
+        let cache =
+            Cache::open_or_read_through(config.cache.clone()).map_err(|source| AgentError::Cache {
+                dir: config.cache.dir.clone(),
+                source,
+            })?;
         let fetcher = Fetcher::new(
             config.fetch,
             Some(Arc::clone(&cache)),

@@ -11,6 +11,7 @@ mod epochs;
 mod extent;
 mod held;
 mod object;
+mod order;
 pub mod policy;
 mod recovery;
 mod sidecar;
@@ -181,9 +182,11 @@ struct Shared {
     /// Itself: eviction makes handles.
     me: Weak<Shared>,
     config: CacheConfig,
+    /// Why nothing is ever stored: the directory could not be used when the agent started.
+    refusal: Option<String>,
     root: File,
     /// Held for as long as anything of the cache lives.
-    _lock: File,
+    _lock: Option<File>,
     abilities: disk::Abilities,
     epochs: Epochs,
     held: Held,
@@ -202,6 +205,14 @@ struct Shared {
     evicting: (Mutex<usize>, Condvar),
 }
 
+/// A cache directory, open.
+struct Place {
+    root: File,
+    lock: Option<File>,
+    abilities: disk::Abilities,
+    epochs: Epochs,
+}
+
 pub struct Cache {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
@@ -213,11 +224,37 @@ impl Cache {
         Self::open_in_boot(config, BootId::current())
     }
 
+    /// As [`Cache::open`]; where the directory cannot be used, a cache that stores nothing and says why in
+    /// its statistics. One that another agent uses is an error still: two would fetch everything twice.
+    pub fn open_or_read_through(config: CacheConfig) -> Result<Arc<Self>, CacheError> {
+        let error = match Self::open(config.clone()) {
+            Err(error @ CacheError::Directory { .. }) => error,
+            opened => return opened,
+        };
+        let reason = match std::error::Error::source(&error) {
+            Some(cause) => format!("{error}: {cause}"),
+            None => error.to_string(),
+        };
+        tracing::warn!(%reason, "the cache is not storing; reads go to the origin");
+        let place = Place {
+            root: File::open("/").map_err(|source| CacheError::Directory {
+                dir: PathBuf::from("/"),
+                source,
+            })?,
+            lock: None,
+            abilities: disk::Abilities {
+                punch: false,
+                attributes: false,
+            },
+            epochs: Epochs::unrecorded(BootId::current()),
+        };
+        Self::start(config, place, Some(reason))
+    }
+
     /// As [`Cache::open`], telling which boot this is: tests play a reboot with it.
     pub fn open_in_boot(config: CacheConfig, boot: BootId) -> Result<Arc<Self>, CacheError> {
-        let dir = config.dir.clone();
         let context = |source| CacheError::Directory {
-            dir: dir.clone(),
+            dir: config.dir.clone(),
             source,
         };
         disk::create_dir_all(&config.dir).map_err(context)?;
@@ -236,22 +273,39 @@ impl Cache {
         }
         // Before anybody can stage a tree, or it would be taken for a dead agent's.
         recovery::remove_staged(&config.dir.join("trees"));
-        let root = File::open(&config.dir).map_err(context)?;
+        let place = Place {
+            root: File::open(&config.dir).map_err(context)?,
+            lock: Some(lock),
+            abilities,
+            epochs,
+        };
+        Self::start(config, place, None)
+    }
+
+    fn start(config: CacheConfig, place: Place, refusal: Option<String>) -> Result<Arc<Self>, CacheError> {
+        let dir = config.dir.clone();
         let shared = Arc::new_cyclic(|me| Shared {
             me: me.clone(),
             policy: Mutex::new(Policy::new(config.max_bytes)),
-            space: Space::new(recovery::last_total(&config.dir)),
+            space: Space::new(match refusal {
+                None => order::last_total(&config.dir),
+                Some(_) => 0,
+            }),
             trees: Trees::default(),
-            root,
-            _lock: lock,
-            abilities,
-            epochs,
+            root: place.root,
+            _lock: place.lock,
+            abilities: place.abilities,
+            epochs: place.epochs,
             held: Held::default(),
             handed: HandedOut::default(),
             clock: AtomicU32::new(1),
             news: space::News::default(),
             counters: Counters::default(),
-            scan: Mutex::new(Scan::default()),
+            scan: Mutex::new(match refusal {
+                None => Scan::default(),
+                Some(_) => Scan::needless(),
+            }),
+            refusal,
             stop: AtomicBool::new(false),
             alarm: (Mutex::new(false), Condvar::new()),
             evicting: (Mutex::new(0), Condvar::new()),
@@ -262,12 +316,18 @@ impl Cache {
             std::thread::Builder::new()
                 .name(name.to_owned())
                 .spawn(move || work(&shared))
-                .map_err(context)
+                .map_err(|source| CacheError::Directory {
+                    dir: dir.clone(),
+                    source,
+                })
         };
-        let threads = vec![
-            spawn("cache-scan", recovery::run)?,
-            spawn("cache-space", space::run)?,
-        ];
+        let threads = match &shared.refusal {
+            None => vec![
+                spawn("cache-scan", recovery::run)?,
+                spawn("cache-space", space::run)?,
+            ],
+            Some(_) => Vec::new(),
+        };
         Ok(Arc::new(Self { shared, threads }))
     }
 
@@ -338,21 +398,27 @@ impl Cache {
         self.shared.tree_path(digest)
     }
 
-    /// The tree part, held: not evicted while the handle lives. `None` when it is not cached.
+    /// The tree part, held: not evicted while the handle lives. `None` when it is not cached. With
+    /// [`VerifyPolicy::Always`] the first call in each run reads the whole of it, and `None` is a damaged one too.
     pub fn tree(&self, digest: &Digest) -> Option<TreeHandle> {
         self.shared.hold_tree(digest)
     }
 
     /// Where a tree part may be put together before it is adopted; what a dead agent left there goes
-    /// when the cache is opened.
-    pub fn tree_staging(&self, digest: &Digest) -> PathBuf {
+    /// when the cache is opened. `None` for a cache that stores nothing.
+    pub fn tree_staging(&self, digest: &Digest) -> Option<PathBuf> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
+        if self.shared.refuses() {
+            return None;
+        }
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        self.shared
-            .config
-            .dir
-            .join("trees")
-            .join(format!(".incoming-{digest}-{number}"))
+        let name = format!(".incoming-{digest}-{number}");
+        Some(self.shared.config.dir.join("trees").join(name))
+    }
+
+    /// A tree part could not be put there: said in the log and in the statistics.
+    pub fn tree_not_kept(&self, why: &dyn std::error::Error) {
+        self.shared.degrade(format!("failed keeping a tree: {why}"));
     }
 
     /// A part that turned out damaged: it goes, unless somebody else holds it.
@@ -399,7 +465,14 @@ impl Drop for Cache {
                 tracing::error!("a cache thread panicked");
             }
         }
-        if let Err(error) = self.shared.settle().and_then(|()| recovery::save(&self.shared)) {
+        if self.shared.refuses() {
+            return;
+        }
+        let saved = self
+            .shared
+            .settle()
+            .and_then(|()| order::save(&self.shared).map(drop));
+        if let Err(error) = saved {
             tracing::warn!(%error, "the cache could not be closed cleanly; nothing is lost but order");
         }
     }
@@ -458,6 +531,11 @@ impl Shared {
         (data, sidecar)
     }
 
+    /// Whether the directory is not to be looked at.
+    fn refuses(&self) -> bool {
+        self.refusal.is_some()
+    }
+
     /// A handle for maintenance. Its size is that of the data file: a wrong one fails every check.
     fn held_or_on_disk(self: &Arc<Self>, id: &ObjectId) -> Option<Arc<CachedObject>> {
         if let Some(object) = self.held.get(id) {
@@ -469,6 +547,9 @@ impl Shared {
 
     /// Every object on the disk.
     fn ids(&self) -> Vec<ObjectId> {
+        if self.refuses() {
+            return Vec::new();
+        }
         recovery::names(&self.config.dir.join("objects"))
             .into_iter()
             .flat_map(|fan| recovery::names(&self.config.dir.join("objects").join(fan)))

@@ -32,12 +32,13 @@ pub const HOST_FILE: &str = "/etc/grid-mount/config.toml";
 
 /// Every setting, as named in files. `GRID_MOUNT_` and the upper-case name is the environment's name,
 /// `--` and the name with hyphens the flag's.
-pub const KEYS: [&str; 13] = [
+pub const KEYS: [&str; 14] = [
     "catalog",
     "user",
     "cache_dir",
     "cache_size",
     "cache_min_free",
+    "cache_verify",
     "memory_limit",
     "connections",
     "read_deadline",
@@ -192,6 +193,7 @@ pub struct Settings {
     pub cache_dir: Sourced<PathBuf>,
     pub cache_size: Sourced<DiskShare>,
     pub cache_min_free: Sourced<DiskShare>,
+    pub cache_verify: Sourced<CacheVerify>,
     /// Bytes in flight from origins.
     pub memory_limit: Sourced<ByteSize>,
     /// Per origin.
@@ -207,6 +209,38 @@ pub struct Settings {
     pub metrics_listen: Sourced<MetricsListen>,
     /// From the host's file alone.
     pub shared_agent: SharedAgent,
+}
+
+/// Which cached blocks are compared with their checksums before use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CacheVerify {
+    /// Those that a power cut may have torn.
+    EarlierBoot,
+    /// All, on first use in each run of an agent.
+    Always,
+}
+
+impl FromStr for CacheVerify {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.trim() {
+            "earlier-boot" => Ok(Self::EarlierBoot),
+            "always" => Ok(Self::Always),
+            _ => Err(format!(
+                "{text:?} does not say what of the cache to verify: write earlier-boot, always"
+            )),
+        }
+    }
+}
+
+impl fmt::Display for CacheVerify {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::EarlierBoot => "earlier-boot",
+            Self::Always => "always",
+        })
+    }
 }
 
 /// How long a mount may go unused.
@@ -473,6 +507,7 @@ impl Settings {
             // Much of a session host's disk is there for this; a laptop keeps most of its own.
             cache_size: layers.get("cache_size", str::parse, || Ok(DiskShare::Percent(20)))?,
             cache_min_free: layers.get("cache_min_free", str::parse, || Ok(DiskShare::Percent(5)))?,
+            cache_verify: layers.get("cache_verify", str::parse, || Ok(CacheVerify::EarlierBoot))?,
             memory_limit: layers.get("memory_limit", str::parse, || Ok(ByteSize(512 << 20)))?,
             connections: layers.get("connections", connections, || Ok(64))?,
             read_deadline: layers.get("read_deadline", seconds, || Ok(Duration::from_secs(60)))?,
@@ -508,6 +543,7 @@ impl Settings {
             line("cache_dir", &cache_dir),
             line("cache_size", &self.cache_size),
             line("cache_min_free", &self.cache_min_free),
+            line("cache_verify", &self.cache_verify),
             line("memory_limit", &self.memory_limit),
             line("connections", &self.connections),
             line("read_deadline", &read_deadline),

@@ -104,6 +104,11 @@ const ERRORS: &[(i32, &str, &[&str])] = &[
     (1, "session remove data", &["no session"]),
     (2, "session", &["start"]),
     (2, "config --cache-min-free 101%", &["101%"]),
+    (
+        2,
+        "config --cache-verify never",
+        &["never", "earlier-boot", "always"],
+    ),
     (2, "config --user a:b", &["a:b"]),
     (1, "doctor --catalog file:///no/such/catalog", &[]),
     (2, "doctor --catalog ftp://x", &["ftp"]),

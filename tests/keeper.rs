@@ -257,10 +257,12 @@ fn an_agent_that_cannot_start_again_leaves_an_error_and_nothing_else() {
         sandbox.ok(&["data", mount.to_str().unwrap()]);
         let agent = sandbox.agent_pid().unwrap();
         let keeper = parent(agent).unwrap();
-        // In the cache's place lies a file.
-        fs::rename(sandbox.path("cache/grid"), sandbox.path("cache/away")).unwrap();
-        fs::write(sandbox.path("cache/grid"), "").unwrap();
+        // Another agent takes the cache while none is there: the keeper sleeps meanwhile.
+        let lock = fs::File::open(sandbox.path("cache/grid/lock")).unwrap();
+        send(keeper, Signal::SIGSTOP);
         send(agent, Signal::SIGKILL);
+        lock.lock().unwrap();
+        send(keeper, Signal::SIGCONT);
         let begun = Instant::now();
         let mut reader = sandbox
             .program("cat")

@@ -1,17 +1,24 @@
 //! From a request to something that can be mounted: the record, then the tree.
 
-use std::{io, ops::Range, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    io,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures::TryStreamExt;
 
 use super::{
     access::{Access, AccessError, Asked, Caller},
     report::Watch,
+    stored::blocking,
     sums::SumsPart,
     trees::Trees,
 };
 use crate::{
-    cache::{Cache, CacheError, TreeHandle},
+    cache::{Cache, TreeHandle},
     catalog::{self, Catalog, CatalogError, OriginLocation, Record, TreePart},
     fetch::{FetchObject, Fetcher, Source},
     fs::{
@@ -58,8 +65,6 @@ pub enum SnapshotError {
         #[source]
         source: io::Error,
     },
-    #[error("its tree cannot be kept in the cache")]
-    Cache(#[from] CacheError),
 }
 
 /// A reference resolved: what it stands for, and where that lies.
@@ -91,8 +96,8 @@ pub struct Asking<'a> {
 pub struct Snapshot {
     pub resolved: Resolved,
     pub tree: Arc<Tree>,
-    /// Keeps the tree's file from being evicted.
-    pub handle: TreeHandle,
+    /// Keeps the tree's file from being evicted; `None` where the cache could not keep it.
+    pub kept: Option<TreeHandle>,
 }
 
 impl Resolved {
@@ -173,11 +178,11 @@ impl Resolved {
     pub async fn fetch_tree(self, cache: &Arc<Cache>, trees: &Trees) -> Result<Snapshot, SnapshotError> {
         let part = &self.record.tree.rows;
         let fetched = tokio::time::timeout(TREE_DEADLINE, self.open_or_fetch(cache, trees, part)).await;
-        let (tree, handle) = fetched.map_err(|_| SnapshotError::Deadline)??;
+        let (tree, kept) = fetched.map_err(|_| SnapshotError::Deadline)??;
         Ok(Snapshot {
             resolved: self,
             tree,
-            handle,
+            kept,
         })
     }
 
@@ -186,17 +191,23 @@ impl Resolved {
         cache: &Arc<Cache>,
         trees: &Trees,
         part: &TreePart,
-    ) -> Result<(Arc<Tree>, TreeHandle), SnapshotError> {
+    ) -> Result<(Arc<Tree>, Option<TreeHandle>), SnapshotError> {
         let _turn = trees.turn(&part.digest).await;
-        if let Some(handle) = cache.tree(&part.digest) {
-            if let Some(tree) = trees.get(&part.digest) {
-                return Ok((tree, handle));
-            }
+        let handle = {
+            let (cache, digest) = (Arc::clone(cache), part.digest);
+            // It may be read as a whole.
+            blocking(move || cache.tree(&digest)).await
+        };
+        // Mapped by somebody, it needs no file.
+        if let Some(tree) = trees.get(&part.digest) {
+            return Ok((tree, handle));
+        }
+        if let Some(handle) = handle {
             match Tree::open_replaceable(handle.path()) {
                 Ok(tree) => {
                     let tree = Arc::new(tree);
                     trees.add(part.digest, &tree);
-                    return Ok((tree, handle));
+                    return Ok((tree, Some(handle)));
                 }
                 // Damage in the cache costs a fetch, never an answer.
                 Err(error) => {
@@ -205,16 +216,63 @@ impl Resolved {
                 }
             }
         }
-        let fetched = self.fetch_rows(cache, part).await?;
-        let handle = cache.adopt_tree(&part.digest, &fetched)?;
-        let tree = Tree::open_replaceable(handle.path()).map_err(|source| self.damaged(part, source))?;
+        let (tree, kept) = match cache.tree_staging(&part.digest) {
+            Some(staging) => match self.fetch_rows(&staging, part).await {
+                Ok(()) => self.keep(cache, part, &staging)?,
+                Err(SnapshotError::Keep { source, .. }) => {
+                    cache.tree_not_kept(&source);
+                    (self.fetch_unkept(part).await?, None)
+                }
+                Err(error) => return Err(error),
+            },
+            None => (self.fetch_unkept(part).await?, None),
+        };
         let tree = Arc::new(tree);
         trees.add(part.digest, &tree);
-        Ok((tree, handle))
+        Ok((tree, kept))
     }
 
-    /// Streams the part through the decompressor into a file beside the cache's trees.
-    async fn fetch_rows(&self, cache: &Arc<Cache>, part: &TreePart) -> Result<PathBuf, SnapshotError> {
+    /// Makes what was fetched a part of the cache. One that has no room for it leaves it to its mapping.
+    fn keep(
+        &self,
+        cache: &Arc<Cache>,
+        part: &TreePart,
+        staging: &Path,
+    ) -> Result<(Tree, Option<TreeHandle>), SnapshotError> {
+        let damaged = |source| self.damaged(part, source);
+        match cache.adopt_tree(&part.digest, staging) {
+            Ok(handle) => {
+                let tree = Tree::open_replaceable(handle.path()).map_err(damaged)?;
+                Ok((tree, Some(handle)))
+            }
+            Err(error) => {
+                cache.tree_not_kept(&error);
+                let tree = Tree::open(staging).map_err(damaged);
+                // What stays takes space until the next start.
+                if let Err(error) = std::fs::remove_file(staging) {
+                    tracing::warn!(path = %staging.display(), %error, "a tree that is not kept could not be removed");
+                }
+                Ok((tree?, None))
+            }
+        }
+    }
+
+    /// The tree as a mapping of a file that is gone already: for when the cache cannot keep it.
+    async fn fetch_unkept(&self, part: &TreePart) -> Result<Tree, SnapshotError> {
+        let dir = tempfile::Builder::new()
+            .prefix("grid-mount-")
+            .tempdir()
+            .map_err(|source| SnapshotError::Keep {
+                dir: std::env::temp_dir(),
+                source,
+            })?;
+        let path = dir.path().join("tree");
+        self.fetch_rows(&path, part).await?;
+        Tree::open(&path).map_err(|source| self.damaged(part, source))
+    }
+
+    /// Streams the part through the decompressor into the file `out`.
+    async fn fetch_rows(&self, out: &Path, part: &TreePart) -> Result<(), SnapshotError> {
         let failed = |source| SnapshotError::Fetch {
             key: part.key.clone(),
             store: self.tree_store().url().clone(),
@@ -226,8 +284,7 @@ impl Resolved {
             .await
             .map_err(failed)?;
         let (sender, receiver) = tokio::sync::mpsc::channel(CHUNKS_IN_FLIGHT);
-        let out = cache.tree_staging(&part.digest);
-        let (size, digest, path) = (part.size, part.digest, out.clone());
+        let (size, digest, path) = (part.size, part.digest, out.to_owned());
         let unpacking = tokio::task::spawn_blocking(move || {
             tree::unpack(
                 ChunkReader {
@@ -263,9 +320,9 @@ impl Resolved {
         };
         arrived?;
         match unpacked {
-            Ok(()) => Ok(out),
+            Ok(()) => Ok(()),
             Err(TreeError::Io { source, .. }) => Err(SnapshotError::Keep {
-                dir: out.parent().unwrap_or(&out).to_owned(),
+                dir: out.parent().unwrap_or(out).to_owned(),
                 source,
             }),
             Err(source) => Err(self.damaged(part, source)),

@@ -87,9 +87,11 @@ impl Agent {
             let id = snapshot.object(&self.fetcher, number)?.id();
             objects += u64::from(self.cache.evict(&id));
         }
-        let Snapshot { tree, handle, .. } = snapshot;
+        let Snapshot { tree, kept, .. } = snapshot;
         drop(tree);
-        self.cache.discard_tree(handle);
+        if let Some(handle) = kept {
+            self.cache.discard_tree(handle);
+        }
         let freed = before.saturating_sub(self.cache.stats().allocated_bytes);
         Ok((objects, freed))
     }

@@ -124,6 +124,28 @@ impl Drop for Writing<'_> {
 }
 
 impl Epochs {
+    /// Of a cache that writes nothing.
+    pub fn unrecorded(boot: BootId) -> Self {
+        let record = Record {
+            sequence: 0,
+            boot,
+            open: BTreeSet::new(),
+            suspect: BTreeSet::new(),
+        };
+        Self::of([PathBuf::new(), PathBuf::new()], record)
+    }
+
+    fn of(paths: [PathBuf; 2], record: Record) -> Self {
+        Self {
+            paths,
+            current: AtomicU16::new(record.open.last().copied().unwrap_or(0)),
+            record: RwLock::new(record),
+            turn: AtomicU64::new(0),
+            writing: [AtomicU64::new(0), AtomicU64::new(0)],
+            written: AtomicBool::new(false),
+        }
+    }
+
     pub fn open(dir: &Path, boot: BootId) -> io::Result<(Self, Found)> {
         let paths = [dir.join("epochs.a"), dir.join("epochs.b")];
         let mut found = Found::Nothing;
@@ -162,16 +184,8 @@ impl Epochs {
             record.suspect.extend(open);
             record.boot = boot;
         }
-        let last = record.open.last().copied().unwrap_or(0);
-        let epochs = Self {
-            paths,
-            record: RwLock::new(record),
-            current: AtomicU16::new(last),
-            turn: AtomicU64::new(0),
-            writing: [AtomicU64::new(0), AtomicU64::new(0)],
-            written: AtomicBool::new(false),
-        };
-        if last == 0 {
+        let epochs = Self::of(paths, record);
+        if epochs.current.load(Ordering::SeqCst) == 0 {
             epochs.begin()?;
         }
         Ok((epochs, found))

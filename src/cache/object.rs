@@ -435,7 +435,7 @@ impl CachedObject {
             State::Absent => return None,
             State::Unknown => {}
         }
-        if self.size > LARGEST {
+        if self.size > LARGEST || self.shared.refuses() {
             return None;
         }
         let _turn = self.lifecycle.lock();

@@ -1,6 +1,8 @@
 //! Which unit to give up next. Pure: no files, no clock, no locks.
 
 mod shadow;
+#[cfg(test)]
+mod tests;
 
 use std::hash::{BuildHasherDefault, Hash, Hasher};
 
@@ -111,6 +113,119 @@ struct Seen {
     referenced: bool,
 }
 
+/// What became of a unit's place in the order.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Move {
+    Hot,
+    Cold,
+    Gone,
+}
+
+impl Move {
+    pub fn encode(self) -> u8 {
+        match self {
+            Self::Hot => 1,
+            Self::Cold => 2,
+            Self::Gone => 3,
+        }
+    }
+
+    pub fn decode(byte: u8) -> Option<Self> {
+        [Self::Hot, Self::Cold, Self::Gone]
+            .into_iter()
+            .find(|to| to.encode() == byte)
+    }
+}
+
+/// An order, hottest first, after some moves.
+pub fn moved(order: Vec<Unit>, moves: impl Iterator<Item = (Unit, Move)>) -> Vec<Unit> {
+    let mut moves = moves.peekable();
+    if moves.peek().is_none() {
+        return order;
+    }
+    let mut list: Listed<()> = listed();
+    for unit in order.into_iter().rev() {
+        list.put(unit, ());
+    }
+    for (unit, to) in moves {
+        match to {
+            Move::Hot => {
+                list.put(unit, ());
+            }
+            Move::Cold => {
+                list.put(unit, ());
+                list.demote(&unit);
+            }
+            Move::Gone => {
+                list.pop(&unit);
+            }
+        }
+    }
+    list.iter().map(|(unit, ())| *unit).collect()
+}
+
+/// Moves that may wait to be written down.
+const MOVES_MOST: usize = 1 << 16;
+
+/// The moves since somebody last took them. Bounded: too many, and all are lost, which is known.
+#[derive(Default)]
+struct Moves {
+    list: Vec<(Unit, Move)>,
+    lost: bool,
+}
+
+impl Moves {
+    fn push(&mut self, unit: Unit, to: Move) {
+        if self.list.len() == MOVES_MOST {
+            *self = Self {
+                lost: true,
+                ..Self::default()
+            };
+        } else if !self.lost {
+            self.list.push((unit, to));
+        }
+    }
+}
+
+/// What the shadow caches have found out, in few words.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Learned {
+    insertion: Insertion,
+    /// Of the shadows, in the order of [`INSERTIONS`].
+    scores: [i64; 3],
+}
+
+impl Learned {
+    pub const LEN: usize = 25;
+
+    pub fn encode(&self) -> [u8; Self::LEN] {
+        let mut bytes = [0; Self::LEN];
+        let place = INSERTIONS.iter().position(|other| *other == self.insertion);
+        bytes[0] = place.unwrap_or(0) as u8;
+        for (score, place) in self.scores.iter().zip(bytes[1..].chunks_exact_mut(8)) {
+            place.copy_from_slice(&score.to_le_bytes());
+        }
+        bytes
+    }
+
+    pub fn decode(bytes: &[u8; Self::LEN]) -> Self {
+        let (first, scores) = (bytes[0], &bytes[1..]);
+        let score = |at: usize| {
+            let mut score = [0; 8];
+            score.copy_from_slice(&scores[at * 8..at * 8 + 8]);
+            // A full score forgets as much as a hit adds.
+            i64::from_le_bytes(score).clamp(0, HIT * shadow::MEMORY)
+        };
+        Self {
+            insertion: INSERTIONS
+                .get(usize::from(first))
+                .copied()
+                .unwrap_or(Insertion::Cold),
+            scores: std::array::from_fn(score),
+        }
+    }
+}
+
 type Listed<V> = LruCache<Unit, V, BuildHasherDefault<Spread>>;
 
 fn listed<V>() -> Listed<V> {
@@ -147,6 +262,7 @@ pub struct Policy {
     departed: Departed,
     arrivals: u32,
     clock: u32,
+    moves: Moves,
 }
 
 impl Policy {
@@ -168,6 +284,36 @@ impl Policy {
             departed: Departed::default(),
             arrivals: 0,
             clock: 1,
+            moves: Moves::default(),
+        }
+    }
+
+    /// What became of whom since the last time; `None` when it was too much to remember. Where a unit is in the list is exactly told; what is in the window comes as hot.
+    pub fn take_moves(&mut self) -> Option<Vec<(Unit, Move)>> {
+        (!self.moves.lost).then(|| std::mem::take(&mut self.moves.list))
+    }
+
+    pub fn has_moved(&self) -> bool {
+        self.moves.lost || !self.moves.list.is_empty()
+    }
+
+    /// Somebody has taken the order as a whole.
+    pub fn forget_moves(&mut self) {
+        self.moves = Moves::default();
+    }
+
+    pub fn learned(&self) -> Learned {
+        Learned {
+            insertion: self.insertion,
+            scores: std::array::from_fn(|n| self.shadows[n].score),
+        }
+    }
+
+    /// What an earlier run had learned: where this one begins.
+    pub fn recall(&mut self, learned: Learned) {
+        self.insertion = learned.insertion;
+        for (shadow, score) in self.shadows.iter_mut().zip(learned.scores) {
+            shadow.score = score;
         }
     }
 
@@ -215,6 +361,7 @@ impl Policy {
             at: began.unwrap_or(self.clock),
             referenced: began.is_some(),
         };
+        self.moves.push(unit, Move::Hot);
         self.window.put(unit, seen);
         while self.window.len() > self.window_span() {
             let Some((unit, seen)) = self.window.pop_lru() else {
@@ -234,6 +381,7 @@ impl Policy {
         if !hot {
             self.list.demote(&unit);
         }
+        self.moves.push(unit, if hot { Move::Hot } else { Move::Cold });
     }
 
     /// A reader asked for bytes of `unit`, present or not.
@@ -256,6 +404,7 @@ impl Policy {
             // The first reference to what readahead brought is no reuse.
             if std::mem::replace(&mut seen.referenced, true) {
                 self.list.promote(&unit);
+                self.moves.push(unit, Move::Hot);
             }
         }
     }
@@ -316,10 +465,13 @@ impl Policy {
             proven |= self.list.peek(&extent).is_some_and(|seen| seen.referenced);
             self.remove(&extent);
         }
+        // In one of the two only.
+        self.remove(&unit);
         let seen = Seen {
             at: self.clock,
             referenced: true,
         };
+        self.moves.push(unit, Move::Hot);
         if proven {
             self.list.put(unit, seen);
         } else {
@@ -328,14 +480,16 @@ impl Policy {
     }
 
     pub fn remove(&mut self, unit: &Unit) {
-        self.list.pop(unit);
-        self.window.pop(unit);
+        if self.list.pop(unit).is_some() | self.window.pop(unit).is_some() {
+            self.moves.push(*unit, Move::Gone);
+        }
     }
 
     /// Takes the coldest unit off the list.
     pub fn victim(&mut self) -> Option<Unit> {
         let (unit, seen) = self.list.pop_lru().or_else(|| self.window.pop_lru())?;
         self.departed.put(&unit, seen.at, self.len());
+        self.moves.push(unit, Move::Gone);
         Some(unit)
     }
 
@@ -346,6 +500,7 @@ impl Policy {
             referenced: true,
         };
         self.list.put(unit, seen);
+        self.moves.push(unit, Move::Hot);
     }
 
     pub fn contains(&self, unit: &Unit) -> bool {

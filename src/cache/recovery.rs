@@ -1,7 +1,7 @@
-//! What earlier runs left: the saved order and the scan, both on a background thread.
+//! What earlier runs left, brought in on a background thread: the saved order, then a scan.
 //!
-//! Owns the `order` file and the scan. Nothing waits for either: an object is opened by its name, and
-//! until the scan has come past it its bytes are part of an estimate.
+//! Owns the scan. Nothing waits for it: an object is opened by its name, and until the scan has come past
+//! it its bytes are part of an estimate.
 
 use std::{
     collections::HashSet,
@@ -13,7 +13,7 @@ use std::{
 };
 
 use super::{
-    ObjectId, Shared, disk,
+    ObjectId, Shared, disk, order,
     policy::Unit,
     slot::{HEADER_LEN, Header, SLOT_LEN},
 };
@@ -30,6 +30,14 @@ pub struct Scan {
 const FANS: u16 = 256;
 
 impl Scan {
+    /// Of a cache in which there is nothing to find.
+    pub fn needless() -> Self {
+        Self {
+            passed: FANS,
+            ..Self::default()
+        }
+    }
+
     pub fn finished(&self) -> bool {
         self.passed == FANS
     }
@@ -74,6 +82,7 @@ pub fn set_aside(dir: &Path) -> io::Result<()> {
             }
         }
     }
+    disk::unlink(&dir.join("order.log"))?;
     disk::unlink(&dir.join("order"))
 }
 
@@ -88,80 +97,16 @@ pub fn remove_staged(trees: &Path) {
     }
 }
 
-const MAGIC: &[u8; 8] = b"GMorder1";
-const ORDER_HEADER: usize = 28;
-const UNIT_LEN: usize = 36;
-
-/// The allocated bytes at the last save; 0 when unknown.
-pub fn last_total(dir: &Path) -> u64 {
-    let mut header = [0; ORDER_HEADER];
-    match File::open(dir.join("order")).and_then(|mut file| file.read_exact(&mut header)) {
-        Ok(()) => order_header(&header).map_or(0, |(total, _)| total),
-        Err(_) => 0,
-    }
-}
-
-fn order_header(bytes: &[u8]) -> Option<(u64, usize)> {
-    let header: &[u8; ORDER_HEADER] = bytes.get(..ORDER_HEADER)?.try_into().ok()?;
-    let (body, sum) = header.split_last_chunk::<4>()?;
-    let rest = body.strip_prefix(MAGIC)?;
-    if crc32c::crc32c(body) != u32::from_le_bytes(*sum) {
-        return None;
-    }
-    let (total, count) = rest.split_first_chunk::<8>()?;
-    let count = u64::from_le_bytes(count.try_into().ok()?);
-    Some((u64::from_le_bytes(*total), usize::try_from(count).ok()?))
-}
-
-/// Saves the order, hottest first.
-pub fn save(shared: &Shared) -> io::Result<()> {
-    shared.hear();
-    let units: Vec<Unit> = shared.policy.lock().order().collect();
-    let mut bytes = Vec::with_capacity(ORDER_HEADER + units.len() * UNIT_LEN + 4);
-    bytes.extend(MAGIC);
-    bytes.extend(shared.space.used().to_le_bytes());
-    bytes.extend((units.len() as u64).to_le_bytes());
-    let sum = crc32c::crc32c(&bytes);
-    bytes.extend(sum.to_le_bytes());
-    units.iter().for_each(|unit| bytes.extend(unit.encode()));
-    let sum = crc32c::crc32c(&bytes[ORDER_HEADER..]);
-    bytes.extend(sum.to_le_bytes());
-    disk::replace(&shared.config.dir.join("order"), &bytes)
-}
-
-/// The saved units, hottest first; none when the file is absent or damaged.
-fn saved(dir: &Path) -> Vec<Unit> {
-    let Ok(bytes) = fs::read(dir.join("order")) else {
-        return Vec::new();
-    };
-    let units = (|| {
-        let (_, count) = order_header(&bytes)?;
-        let (units, sum) = bytes.get(ORDER_HEADER..)?.split_last_chunk::<4>()?;
-        if Some(units.len()) != count.checked_mul(UNIT_LEN)
-            || crc32c::crc32c(units) != u32::from_le_bytes(*sum)
-        {
-            return None;
-        }
-        Some(
-            units
-                .chunks_exact(UNIT_LEN)
-                .filter_map(|unit| Some(Unit::decode(unit.try_into().ok()?)))
-                .collect(),
-        )
-    })();
-    if units.is_none() {
-        tracing::warn!("the saved order of the cache is damaged: eviction starts without it");
-    }
-    units.unwrap_or_default()
-}
-
 /// The background thread.
 pub fn run(shared: &Arc<Shared>) {
     let stopped = || shared.stop.load(Ordering::Acquire);
     let dir = &shared.config.dir;
-    for units in saved(dir).chunks(1024) {
-        let mut policy = shared.policy.lock();
-        units.iter().for_each(|unit| policy.restore(*unit));
+    if let Some((units, learned)) = order::saved(dir) {
+        shared.policy.lock().recall(learned);
+        for units in units.chunks(1024) {
+            let mut policy = shared.policy.lock();
+            units.iter().for_each(|unit| policy.restore(*unit));
+        }
     }
     let estimate = shared.space.used();
     for fan in 0..FANS {

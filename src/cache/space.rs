@@ -14,7 +14,7 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::{CacheError, CacheStats, Purpose, Shared, disk, object::Evicted, policy::Unit, recovery};
+use super::{CacheError, CacheStats, Purpose, Shared, disk, object::Evicted, order, policy::Unit};
 use crate::block::EXTENT_SIZE;
 
 #[derive(Default)]
@@ -110,7 +110,9 @@ const REST: Duration = Duration::from_secs(2);
 const EVICTION_PATIENCE: Duration = Duration::from_millis(200);
 const CREDIT: u64 = 16 << 20;
 const SETTLE_EVERY: Duration = Duration::from_secs(60);
+/// The order as a whole; the moves in between are written as often as [`JOURNAL_EVERY`].
 const SAVE_EVERY: Duration = Duration::from_secs(120);
+const JOURNAL_EVERY: Duration = Duration::from_secs(5);
 
 impl Shared {
     pub(super) fn referenced(&self, unit: Unit, bytes: u64) {
@@ -251,11 +253,13 @@ impl Shared {
     }
 
     fn resting(&self) -> bool {
-        self.counters
-            .degraded
-            .lock()
-            .as_ref()
-            .is_some_and(|(_, since)| since.elapsed() < REST)
+        self.refuses()
+            || self
+                .counters
+                .degraded
+                .lock()
+                .as_ref()
+                .is_some_and(|(_, since)| since.elapsed() < REST)
     }
 
     /// The disk failed: said once, until it works again.
@@ -263,7 +267,10 @@ impl Shared {
         self.degrade(format!("failed {doing}: {error}"));
     }
 
-    fn degrade(&self, reason: String) {
+    pub(super) fn degrade(&self, reason: String) {
+        if self.refuses() {
+            return;
+        }
         let mut degraded = self.counters.degraded.lock();
         if degraded.is_none() {
             tracing::warn!(dir = %self.config.dir.display(), %reason, "the cache is not storing; reads go to the origin");
@@ -310,19 +317,18 @@ impl Shared {
             fill_errors: self.counters.fill_errors.load(Ordering::Relaxed),
             verify_failures: self.counters.verify_failures.load(Ordering::Relaxed),
             scanned: self.scan.lock().finished(),
-            degraded: self
-                .counters
-                .degraded
-                .lock()
-                .as_ref()
-                .map(|(reason, _)| reason.clone()),
+            degraded: self.refusal.clone().or_else(|| {
+                let degraded = self.counters.degraded.lock();
+                degraded.as_ref().map(|(reason, _)| reason.clone())
+            }),
         }
     }
 }
 
 /// The background thread: news, room, durable marks, the saved order.
 pub(super) fn run(shared: &Arc<Shared>) {
-    let (mut settled, mut saved) = (Instant::now(), Instant::now());
+    let (mut settled, mut saved, mut noted) = (Instant::now(), Instant::now(), Instant::now());
+    let mut journal: Option<order::Journal> = None;
     let mut written = 0;
     loop {
         {
@@ -353,11 +359,29 @@ pub(super) fn run(shared: &Arc<Shared>) {
                 shared.trouble("syncing", &error);
             }
         }
-        if saved.elapsed() > SAVE_EVERY && shared.scan.lock().finished() {
-            saved = Instant::now();
-            if let Err(error) = recovery::save(shared) {
-                shared.trouble("saving the order", &error);
+        if noted.elapsed() < JOURNAL_EVERY || !shared.policy.lock().has_moved() {
+            continue;
+        }
+        noted = Instant::now();
+        if let Some(open) = &mut journal
+            && saved.elapsed() < SAVE_EVERY
+        {
+            match open.append(shared) {
+                Ok(true) => continue,
+                Ok(false) => {}
+                Err(error) => shared.trouble("noting the order", &error),
             }
+        }
+        // Before the scan has ended, what the last run left says more than what is known.
+        if shared.scan.lock().finished() {
+            saved = Instant::now();
+            journal = match order::save(shared) {
+                Ok(journal) => Some(journal),
+                Err(error) => {
+                    shared.trouble("saving the order", &error);
+                    None
+                }
+            };
         }
     }
 }

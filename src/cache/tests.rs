@@ -188,6 +188,8 @@ fn files(dir: &TempDir) -> Vec<PathBuf> {
         .into_iter()
         .map(|entry| entry.unwrap())
         .filter(|entry| entry.file_type().is_file() && entry.file_name() != "lock")
+        // A journal in which nothing is.
+        .filter(|entry| entry.metadata().unwrap().len() > 0)
         .map(|entry| entry.into_path())
         .collect()
 }
@@ -312,6 +314,84 @@ fn a_vanished_directory_degrades_to_misses() {
 }
 
 #[test]
+fn a_directory_that_cannot_be_used_from_the_start_degrades_to_misses() {
+    let dir = TempDir::new().unwrap();
+    let open = || Cache::open_or_read_through(config(&dir, 1 << 30));
+    // A usable one is used, and by one agent only.
+    let cache = open().unwrap();
+    fill(&cache, 1, 1000, 0).unwrap();
+    assert!(matches!(open(), Err(CacheError::Locked { .. })));
+    drop(cache);
+    let place = dir.path().join("cache");
+    std::fs::remove_dir_all(&place).unwrap();
+    std::fs::write(&place, "in its place").unwrap();
+    let cache = open().unwrap();
+    assert!(matches!(fill(&cache, 1, 1000, 0), Err(CacheError::Resting)));
+    assert!(!holds(&cache, 1, 1000, 0));
+    assert!(cache.tree_staging(&Digest::of(b"tree")).is_none());
+    assert_eq!(
+        (cache.evict_all(), cache.scrub(|_| ControlFlow::Continue(()))),
+        (0, ScrubProgress::default())
+    );
+    let stats = cache.stats();
+    assert!(stats.scanned);
+    let why = stats.degraded.unwrap();
+    assert!(
+        why.contains(place.to_str().unwrap()) && why.contains("exists"),
+        "{why}"
+    );
+    drop(cache);
+    assert_eq!(std::fs::read(&place).unwrap(), b"in its place");
+}
+
+/// The files `order` and `order.log` as they are now, put back when the agent has closed the cache: what a
+/// kill leaves.
+fn killed(dir: &TempDir, cache: Arc<Cache>) {
+    let left: Vec<_> = ["order", "order.log"]
+        .iter()
+        .map(|name| dir.path().join("cache").join(name))
+        .map(|path| (path.clone(), std::fs::read(path).unwrap_or_default()))
+        .collect();
+    drop(cache);
+    left.iter()
+        .for_each(|(path, bytes)| std::fs::write(path, bytes).unwrap());
+}
+
+#[test]
+fn the_order_survives_a_kill_up_to_the_last_move_that_was_noted() {
+    let dir = TempDir::new().unwrap();
+    let order = |cache: &Arc<Cache>| cache.shared.policy.lock().order().collect::<Vec<_>>();
+    let cache = open(&dir, 1 << 30, BOOT);
+    (1..9).for_each(|n| fill(&cache, n, 1000, 0).unwrap());
+    let mut journal = order::save(&cache.shared).unwrap();
+    (9..12).for_each(|n| fill(&cache, n, 1000, 0).unwrap());
+    cache.evict(&id(3));
+    assert!(journal.append(&cache.shared).unwrap());
+    let noted = order(&cache);
+    assert_eq!(noted.len(), 11);
+    let log = dir.path().join("cache/order.log");
+    let len = log.metadata().unwrap().len();
+    fill(&cache, 20, 1000, 0).unwrap();
+    assert!(journal.append(&cache.shared).unwrap());
+    killed(&dir, cache);
+    // The next record is torn: what it spoke of is found by the scan, and is the coldest.
+    let torn = File::options().write(true).open(&log).unwrap();
+    torn.set_len(len + 20).unwrap();
+    let cache = open(&dir, 1 << 30, BOOT);
+    let mut found = order(&cache);
+    assert_eq!(found.pop(), Some(Unit::extent(id(20), crate::block::ExtentNo(0))));
+    // The window was told as the hottest; which of them were there first is kept.
+    assert_eq!(found.len(), noted.len());
+    assert!(noted.iter().all(|unit| found.contains(unit)));
+    // A journal of another snapshot is not believed.
+    let old = std::fs::read(&log).unwrap();
+    drop(cache);
+    std::fs::write(&log, old).unwrap();
+    let (units, _) = order::saved(&dir.path().join("cache")).unwrap();
+    assert_eq!(units.len(), 12);
+}
+
+#[test]
 fn a_full_disk_degrades_to_misses() {
     let dir = TempDir::new().unwrap();
     let mut config = config(&dir, 1 << 30);
@@ -326,14 +406,14 @@ fn what_a_dead_agent_was_staging_goes_and_what_this_one_stages_stays() {
     let dir = TempDir::new().unwrap();
     let digest = Digest::of(b"tree");
     let cache = open(&dir, 1 << 30, BOOT);
-    let staged = cache.tree_staging(&digest);
+    let staged = cache.tree_staging(&digest).unwrap();
     std::fs::write(&staged, b"half").unwrap();
     let unpacking = staged.with_file_name(".unpack-x");
     std::fs::write(&unpacking, b"half").unwrap();
     drop(cache);
     let cache = open(&dir, 1 << 30, BOOT);
     assert!(!staged.exists() && !unpacking.exists());
-    let staged = cache.tree_staging(&digest);
+    let staged = cache.tree_staging(&digest).unwrap();
     std::fs::write(&staged, b"tree").unwrap();
     assert!(cache.adopt_tree(&digest, &staged).is_ok());
     drop(cache);

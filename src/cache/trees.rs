@@ -9,7 +9,7 @@ use std::{
 
 use parking_lot::Mutex;
 
-use super::{CacheError, ObjectId, Purpose, Shared, disk, policy::Unit, recovery};
+use super::{CacheError, ObjectId, Purpose, Shared, VerifyPolicy, disk, policy::Unit, recovery};
 use crate::digest::Digest;
 
 #[derive(Default)]
@@ -17,6 +17,8 @@ pub struct Trees {
     uses: Mutex<HashMap<Digest, Use>>,
     /// Counted into the space. As many as there are mounts, about.
     met: Mutex<HashSet<ObjectId>>,
+    /// Known to be what their names say, in this run; with [`VerifyPolicy::Always`] only.
+    checked: Mutex<HashSet<Digest>>,
 }
 
 impl Trees {
@@ -87,13 +89,38 @@ impl Shared {
     }
 
     pub(super) fn hold_tree(self: &Arc<Self>, digest: &Digest) -> Option<TreeHandle> {
+        if self.refuses() {
+            return None;
+        }
         let handle = self.take_tree(digest)?;
         let len = fs::symlink_metadata(&handle.path)
             .ok()
             .filter(fs::Metadata::is_file)?
             .len();
+        if self.config.verify == VerifyPolicy::Always && !self.is_sound(&handle) {
+            self.counters.damaged();
+            drop(handle);
+            self.evict_tree(digest);
+            return None;
+        }
         self.referenced(Self::tree_unit(digest), len);
         Some(handle)
+    }
+
+    /// Whether it is what its name says: looked at once in each run.
+    fn is_sound(&self, handle: &TreeHandle) -> bool {
+        if self.trees.checked.lock().contains(handle.digest()) {
+            return true;
+        }
+        let mut hasher = blake3::Hasher::new();
+        let read = fs::File::open(handle.path()).and_then(|file| hasher.update_reader(file).map(drop));
+        let sound = read.is_ok() && Digest::from(hasher.finalize()) == *handle.digest();
+        if sound {
+            self.trees.checked.lock().insert(*handle.digest());
+        } else {
+            tracing::warn!(path = %handle.path().display(), "a cached tree is damaged and will be fetched again");
+        }
+        sound
     }
 
     pub(super) fn adopt_tree(
@@ -136,6 +163,7 @@ impl Shared {
             .unwrap_or(0);
         match disk::unlink(&path) {
             Ok(()) => {
+                self.trees.checked.lock().remove(digest);
                 if self.trees.met.lock().remove(&ObjectId(*digest.as_bytes())) {
                     self.space.give_back(bytes);
                 }
@@ -148,6 +176,9 @@ impl Shared {
     }
 
     pub(super) fn trees_on_disk(&self) -> Vec<Digest> {
+        if self.refuses() {
+            return Vec::new();
+        }
         recovery::names(&self.config.dir.join("trees"))
             .iter()
             .filter_map(|name| name.parse().ok())

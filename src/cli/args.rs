@@ -138,6 +138,9 @@ pub struct AgentSettingArgs {
     /// What the cache leaves free on its disk: 10GiB or 5%
     #[arg(long, value_name = "SIZE")]
     pub cache_min_free: Option<String>,
+    /// What of it to check: earlier-boot, always
+    #[arg(long, value_name = "WHICH")]
+    pub cache_verify: Option<String>,
     /// Bytes in flight from origins, all readers together
     #[arg(long, value_name = "SIZE")]
     pub memory_limit: Option<String>,
@@ -171,7 +174,6 @@ pub struct OutputArgs {
 Examples:
   grid-mount mount alice:imagenet/3
   grid-mount mount alice:/datastores/imagenet/3 /data/imagenet
-  grid-mount mount bob:coco/prod --foreground
 Settings also come from GRID_MOUNT_… variables and files: see `grid-mount config`.")]
 pub struct MountArgs {
     /// [user:]datastore[/version]; a version is a number or an alias
@@ -538,9 +540,7 @@ pub struct DemoArgs {
 Examples:
   grid-mount agent              root's: for every user of this host
   grid-mount agent --own-agent  mine alone
-  grid-mount agent --log-format json --idle-timeout 12h
-  grid-mount agent --metrics-listen 127.0.0.1:9464
-Any `grid-mount REF` starts one of its user's, which ends with its last mount.
+  grid-mount agent --log-format json --metrics-listen 127.0.0.1:9464
 SIGHUP reads the settings again; SIGTERM unmounts everything and ends.")]
 pub struct AgentArgs {
     /// Read this file in place of /etc/grid-mount/config.toml

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     agent::{AgentConfig, CacheConfig, FetchConfig, VerifyPolicy, access::Rules},
-    config::{Grid, Inputs, Settings, Source},
+    config::{CacheVerify, Grid, Inputs, Settings, Source},
     origin::StoreSettings,
 };
 
@@ -62,6 +62,7 @@ impl Overrides {
             ("cache_dir", path(&agent.cache_dir)),
             ("cache_size", agent.cache_size.clone()),
             ("cache_min_free", agent.cache_min_free.clone()),
+            ("cache_verify", agent.cache_verify.clone()),
             ("memory_limit", agent.memory_limit.clone()),
             ("connections", agent.connections.clone()),
             ("read_deadline", agent.read_deadline.clone()),
@@ -180,7 +181,10 @@ pub fn agent_config(settings: &Settings) -> Result<AgentConfig, CliError> {
             dir: settings.cache_dir.value.clone(),
             max_bytes: settings.cache_size.value.of(disk),
             min_free: settings.cache_min_free.value.of(disk),
-            verify: VerifyPolicy::EarlierBoot,
+            verify: match settings.cache_verify.value {
+                CacheVerify::EarlierBoot => VerifyPolicy::EarlierBoot,
+                CacheVerify::Always => VerifyPolicy::Always,
+            },
         },
         fetch: FetchConfig {
             connections: usize::from(settings.connections.value),

@@ -78,7 +78,7 @@ impl Departed {
 /// Units in a shadow, at most.
 const MOST: usize = 1 << 14;
 /// The score forgets at this rate, in sampled references.
-const MEMORY: i64 = 512;
+pub const MEMORY: i64 = 512;
 /// What one hit scores.
 pub const HIT: i64 = 1024;
 
