@@ -21,16 +21,17 @@ use grid_mount::{
     fetch::{FetchConfig, FetchObject, Fetcher, Priority, Source, Streams},
     fs::{
         content::Content,
-        fetched::{Fetched, Sources},
+        fetched::{Fetched, Sources, bring},
     },
     origin::{Deadlines, Pin, Store},
     prefetch_policy::PrefetchPolicy,
+    profile::Recorder,
     tree::{Ino, ObjectNo, TreeError},
 };
 use s3_origin::{S3Origin, Shape};
 
-/// Connections, unless `--connections` says otherwise.
-const CONNECTIONS: usize = 32;
+/// Connections, unless `--connections` says otherwise: what an agent has by default.
+const CONNECTIONS: usize = 64;
 const SHAPE: Shape = Shape {
     first_byte: Duration::from_millis(20),
     rate: 90_000_000,
@@ -277,12 +278,19 @@ impl Sources for Files {
     }
 }
 
-async fn small_files(
-    bench: &Bench,
-    files: u64,
-    in_an_object: u64,
-    policy: PrefetchPolicy,
-) -> Result<(), Failure> {
+/// What brings the files before they are read.
+#[derive(Clone, Copy, PartialEq)]
+enum Ahead {
+    Prefetch(PrefetchPolicy),
+    /// A profile of the same order, and no other prefetching.
+    Profile,
+}
+
+async fn small_files(bench: &Bench, files: u64, in_an_object: u64, ahead: Ahead) -> Result<(), Failure> {
+    let policy = match ahead {
+        Ahead::Prefetch(policy) => policy,
+        Ahead::Profile => PrefetchPolicy::None,
+    };
     let sources = Files {
         store: bench.store.clone(),
         files,
@@ -318,12 +326,26 @@ async fn small_files(
         verify: VerifyPolicy::EarlierBoot,
     })?;
     let fetcher = Fetcher::new(config(), Some(cache), tokio::runtime::Handle::current());
+    let recorder = Recorder::default();
     let mut order: Vec<u64> = (0..files).collect();
     order.sort_by_key(|n| n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 7);
     let places: Vec<_> = order.iter().map(|&file| (file, sources.place(file))).collect();
+    if ahead == Ahead::Profile {
+        places
+            .iter()
+            .for_each(|(_, (object, range))| recorder.wanted(*object, range));
+    }
+    let profile = recorder.profile();
     let (before, used) = (bench.moved(), cpu());
     let began = Instant::now();
     let runtime = tokio::runtime::Handle::current();
+    let following = {
+        let (fetcher, sources) = (Arc::clone(&fetcher), sources.clone());
+        tokio::spawn(async move {
+            let open = |number| Ok(fetcher.open("bench", sources.source(number)?));
+            bring(&fetcher, profile.ranges(), open).await;
+        })
+    };
     let content = Arc::new(Fetched::new(
         Arc::clone(&fetcher),
         sources,
@@ -355,6 +377,7 @@ async fn small_files(
     let took = began.elapsed();
     let used = cpu() - used;
     drop(content);
+    following.abort();
     let (after, stats) = (bench.moved(), fetcher.stats());
     let got = mb(files * FILE, took);
     let rate = files as f64 / took.as_secs_f64();
@@ -363,8 +386,12 @@ async fn small_files(
     } else {
         "in bundles"
     };
+    let ahead = match ahead {
+        Ahead::Prefetch(policy) => format!("--prefetch {policy}"),
+        Ahead::Profile => "a profile and no prefetch".to_owned(),
+    };
     println!(
-        "{files} files of 100 KiB, {kind}, 8 readers, shuffled, --prefetch {policy}, cache on disk: {rate:.0} files/s, {got:.0} MB/s of {ceiling:.0} ({:.2}); 8 readers x one GET at a time: {serial:.0} files/s ({:.1} x); a file p50 {:.1} ms, p99 {:.1} ms; {} GETs, {:.2} bytes fetched per byte read, {} blocks not cached, {used:.2} CPU seconds",
+        "{files} files of 100 KiB, {kind}, 8 readers, shuffled, {ahead}, cache on disk: {rate:.0} files/s, {got:.0} MB/s of {ceiling:.0} ({:.2}); 8 readers x one GET at a time: {serial:.0} files/s ({:.1} x); a file p50 {:.1} ms, p99 {:.1} ms; {} GETs, {:.2} bytes fetched per byte read, {} blocks not cached, {used:.2} CPU seconds",
         got / ceiling,
         rate / serial,
         percentile(&mut times, 50),
@@ -409,8 +436,9 @@ async fn main() -> Result<(), Failure> {
         let files = if small { 2000 } else { 20_000 };
         for in_an_object in [IN_A_BUNDLE, 1] {
             for policy in [PrefetchPolicy::Auto, PrefetchPolicy::All] {
-                small_files(&bench, files, in_an_object, policy).await?;
+                small_files(&bench, files, in_an_object, Ahead::Prefetch(policy)).await?;
             }
+            small_files(&bench, files, in_an_object, Ahead::Profile).await?;
         }
     }
     Ok(())

@@ -6,6 +6,7 @@
 //! `lifecycle`, then its `state`; the policy's, the table's and the scan's locks are innermost, are
 //! never across a system call; of these only `evicting` and the policy's are held together, in that order.
 
+mod checksum;
 mod disk;
 mod epochs;
 mod extent;

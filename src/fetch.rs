@@ -87,6 +87,8 @@ pub struct FetchObject {
 struct Flight {
     done: watch::Receiver<Option<Arrival>>,
     urgency: Arc<Urgency>,
+    /// A reader waits for this very block, or did.
+    waited: bool,
 }
 
 type Arrival = Result<Bytes, FetchError>;
@@ -120,12 +122,14 @@ pub struct Fetcher {
 
 impl Fetcher {
     pub fn new(config: FetchConfig, cache: Option<Arc<Cache>>, runtime: tokio::runtime::Handle) -> Arc<Self> {
-        // Three eighths of the memory for what is in flight, half for what arrived; the queue to the cache
-        // shares its bytes with the latter.
+        // Three eighths of the memory for what is in flight, half for what arrived, and an eighth for what
+        // waits for the cache's disk.
         let blocks = usize::try_from(config.memory_limit / 8 * 3 / BLOCK_SIZE).unwrap_or(usize::MAX >> 4);
         let blocks = blocks.clamp(2 * BLOCKS_PER_EXTENT as usize, Semaphore::MAX_PERMITS);
         let tally = Arc::new(Tally::default());
-        let fills = cache.as_ref().and_then(|_| Fills::start(&tally));
+        let places = usize::try_from(config.memory_limit / 8 / BLOCK_SIZE).unwrap_or(usize::MAX);
+        let places = places.clamp(BLOCKS_PER_EXTENT as usize, 1 << 14);
+        let fills = cache.as_ref().and_then(|_| Fills::start(&tally, places));
         Arc::new(Self {
             recent: Arc::new(Recent::new(config.memory_limit / 2)),
             config,
@@ -342,9 +346,10 @@ impl Fetcher {
             let mut flights = object.flights.lock();
             let mut new: Vec<u64> = Vec::new();
             for &block in absent {
-                if let Some(flight) = flights.get(&block) {
+                if let Some(flight) = flights.get_mut(&block) {
                     if priority == Priority::Waited {
                         flight.urgency.raise();
+                        flight.waited = true;
                     }
                     started.insert(block, Started::Coming(flight.done.clone()));
                 } else if let Some(bytes) = self.recent.get(object.id, block) {
@@ -372,6 +377,7 @@ impl Fetcher {
                             Flight {
                                 done,
                                 urgency: Arc::clone(&urgency),
+                                waited: priority == Priority::Waited,
                             },
                         );
                         senders.push(sender);

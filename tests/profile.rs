@@ -26,7 +26,7 @@ const POINT: &str = "mnt/point";
 const READS: u64 = 72;
 /// Ranges that are on their way at once when a profile is followed, and a few whose order at the origin is
 /// not that of their sending.
-const AT_ONCE: usize = 32 + 8;
+const AT_ONCE: usize = 48 + 8;
 
 struct World {
     _runtime: tokio::runtime::Runtime,

@@ -13,7 +13,6 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures::{StreamExt as _, stream};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
@@ -27,7 +26,7 @@ use super::{
 use crate::{
     causes::in_one_line,
     digest::Digest,
-    fetch::{Fetcher, Priority},
+    fs::fetched::bring,
     profile::{MOST_BYTES, Profile},
 };
 
@@ -38,8 +37,6 @@ const DIRECTORY: &str = "profiles";
 const MOST_KEPT: usize = 256;
 /// Of the catalog's store, which an unmount waits for.
 const STORE_PATIENCE: Duration = Duration::from_secs(10);
-/// Ranges on their way at once: enough to fill a pool of connections, few enough to keep the order.
-const FOLLOWED_AT_ONCE: usize = 32;
 
 fn key(snapshot: &Snapshot) -> String {
     format!("{}{SUFFIX}", snapshot.resolved.record.tree.rows.key)
@@ -90,34 +87,12 @@ pub(super) fn follow(
         };
         let reference = snapshot.resolved.reference();
         tracing::info!(%reference, blocks = profile.blocks(), "following an access profile");
-        fetch(&snapshot, &fetcher, &profile).await;
-        tracing::info!(%reference, "followed the access profile to its end");
-    }))
-}
-
-async fn fetch(snapshot: &Snapshot, fetcher: &Arc<Fetcher>, profile: &Profile) {
-    // What does not fit would push out what its readers have not come to yet.
-    let mut room = fetcher.cache_room();
-    let fitting = profile.ranges().take_while(|(_, range)| {
-        let length = range.end - range.start;
-        let fits = length <= room;
-        room = room.saturating_sub(length);
-        fits
-    });
-    stream::iter(fitting)
-        .for_each_concurrent(FOLLOWED_AT_ONCE, |(number, range)| async move {
-            let Ok(object) = snapshot.object(fetcher, number) else {
-                return;
-            };
-            // As far ahead of its reader as a window would be, and as sure to be read.
-            if let Err(error) = fetcher.warm(&object, range, Priority::Readahead).await {
-                tracing::debug!(
-                    error = in_one_line(&error),
-                    "following a profile failed in places"
-                );
-            }
+        bring(&fetcher, profile.ranges(), |number| {
+            snapshot.object(&fetcher, number)
         })
         .await;
+        tracing::info!(%reference, "followed the access profile to its end");
+    }))
 }
 
 impl Mount {

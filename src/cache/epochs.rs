@@ -18,7 +18,7 @@ use std::{
 
 use parking_lot::RwLock;
 
-use super::{disk, slot::Epoch};
+use super::{checksum::crc32c, disk, slot::Epoch};
 
 /// The kernel's name for the time since it was started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,14 +57,14 @@ impl Record {
             bytes.extend((set.len() as u32).to_le_bytes());
             set.iter().for_each(|epoch| bytes.extend(epoch.to_le_bytes()));
         }
-        let sum = crc32c::crc32c(&bytes);
+        let sum = crc32c(&bytes);
         bytes.extend(sum.to_le_bytes());
         bytes
     }
 
     fn decode(bytes: &[u8]) -> Option<Self> {
         let (body, sum) = bytes.split_last_chunk::<4>()?;
-        if crc32c::crc32c(body) != u32::from_le_bytes(*sum) {
+        if crc32c(body) != u32::from_le_bytes(*sum) {
             return None;
         }
         let rest = body.strip_prefix(MAGIC)?;

@@ -16,7 +16,9 @@ use std::{
 use parking_lot::{Mutex, RwLock};
 
 use super::{
-    CacheError, ObjectId, Purpose, Shared, VerifyPolicy, disk,
+    CacheError, ObjectId, Purpose, Shared, VerifyPolicy,
+    checksum::crc32c,
+    disk,
     extent::{Extent, Seal},
     policy::Unit,
     sidecar::{self, Sidecar},
@@ -289,7 +291,7 @@ impl CachedObject {
         if extent.present() & bit(block) != 0 || files.sealed.is_set() {
             return Ok(());
         }
-        let sum = crc32c::crc32c(bytes);
+        let sum = crc32c(bytes);
         let context = |error| CacheError::io("writing a block", error);
         {
             let writing = self.shared.epochs.write();
@@ -378,9 +380,7 @@ impl CachedObject {
             match files.data.read_exact_at(&mut bytes, range.start) {
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
                 Err(error) => Err(error),
-                Ok(()) => {
-                    Ok(Slot::decode(&self.id, block, word).filter(|slot| slot.sum == crc32c::crc32c(&bytes)))
-                }
+                Ok(()) => Ok(Slot::decode(&self.id, block, word).filter(|slot| slot.sum == crc32c(&bytes))),
             }
         })();
         match outcome {

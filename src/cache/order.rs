@@ -11,7 +11,9 @@ use std::{
 };
 
 use super::{
-    Shared, disk,
+    Shared,
+    checksum::{self, crc32c},
+    disk,
     policy::{Learned, Move, Unit, moved},
 };
 
@@ -39,7 +41,7 @@ impl Header {
         bytes.extend((self.count as u64).to_le_bytes());
         bytes.extend(self.seed.to_le_bytes());
         bytes.extend(self.learned.encode());
-        let sum = crc32c::crc32c(&bytes);
+        let sum = crc32c(&bytes);
         bytes.extend(sum.to_le_bytes());
         bytes
     }
@@ -47,7 +49,7 @@ impl Header {
     fn decode(bytes: &[u8]) -> Option<Self> {
         let (body, sum) = bytes.get(..HEADER_LEN)?.split_last_chunk::<4>()?;
         let rest = body.strip_prefix(MAGIC)?;
-        if crc32c::crc32c(body) != u32::from_le_bytes(*sum) {
+        if crc32c(body) != u32::from_le_bytes(*sum) {
             return None;
         }
         let (total, rest) = rest.split_first_chunk::<8>()?;
@@ -79,7 +81,7 @@ pub struct Journal {
 }
 
 fn record_sum(seed: u64, body: &[u8]) -> u32 {
-    crc32c::crc32c_append(crc32c::crc32c(&seed.to_le_bytes()), body)
+    checksum::seeded(&seed.to_le_bytes(), body)
 }
 
 impl Journal {
@@ -120,7 +122,7 @@ pub fn save(shared: &Shared) -> io::Result<Journal> {
     let mut bytes = header.encode();
     bytes.reserve(units.len() * UNIT_LEN + 4);
     units.iter().for_each(|unit| bytes.extend(unit.encode()));
-    let sum = crc32c::crc32c(&bytes[HEADER_LEN..]);
+    let sum = crc32c(&bytes[HEADER_LEN..]);
     bytes.extend(sum.to_le_bytes());
     disk::replace(&shared.config.dir.join("order"), &bytes)?;
     // The old one speaks of the snapshot before: should we die here, it is not believed.
@@ -139,7 +141,7 @@ pub fn saved(dir: &Path) -> Option<(Vec<Unit>, Learned)> {
         let header = Header::decode(&bytes)?;
         let (units, sum) = bytes.get(HEADER_LEN..)?.split_last_chunk::<4>()?;
         if Some(units.len()) != header.count.checked_mul(UNIT_LEN)
-            || crc32c::crc32c(units) != u32::from_le_bytes(*sum)
+            || crc32c(units) != u32::from_le_bytes(*sum)
         {
             return None;
         }

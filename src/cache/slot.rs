@@ -4,6 +4,7 @@
 //! header carries a CRC32C, every slot a CRC-16 (which finds every burst of up to 16 bits) seeded
 //! with the object and the block, so that a slot cannot be believed at another position.
 
+use super::checksum;
 use crate::{block::BlockNo, cache::ObjectId};
 
 /// Bytes of the header at the start of a sidecar.
@@ -49,7 +50,7 @@ impl Header {
     }
 
     fn sum(id: &ObjectId, bytes: &[u8; HEADER_LEN]) -> u32 {
-        crc32c::crc32c_append(crc32c::crc32c(&id.0), &bytes[..24])
+        checksum::seeded(&id.0, &bytes[..24])
     }
 }
 

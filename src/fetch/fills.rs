@@ -15,7 +15,7 @@ use std::{
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 
 use super::stats::Tally;
 use crate::{
@@ -23,8 +23,6 @@ use crate::{
     cache::{CacheError, CachedObject, Purpose},
 };
 
-/// Blocks waiting to be written.
-const QUEUE: usize = 256;
 const THREADS: usize = 2;
 /// A disk that takes nothing for so long is not waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -39,6 +37,7 @@ pub(super) struct Fill {
 struct Queued {
     fill: Fill,
     _room: OwnedSemaphorePermit,
+    _patient: Option<OwnedSemaphorePermit>,
 }
 
 #[derive(Clone)]
@@ -46,13 +45,17 @@ pub(super) struct Fills {
     queue: SyncSender<Queued>,
     /// As many permits as the queue has places, so that sending never blocks.
     room: Arc<Semaphore>,
+    places: usize,
+    /// For those among them that could wait for room: the rest is for what readers wait for.
+    patient: Arc<Semaphore>,
     tally: Arc<Tally>,
 }
 
 impl Fills {
-    /// `None`: no thread could be started, and nothing is cached.
-    pub fn start(tally: &Arc<Tally>) -> Option<Self> {
-        Self::writing(tally, |fill| {
+    /// With `places` for blocks that wait to be written. `None`: no thread could be started, and nothing is
+    /// cached.
+    pub fn start(tally: &Arc<Tally>, places: usize) -> Option<Self> {
+        Self::writing(tally, places, |fill| {
             fill.object.fill(BlockNo(fill.block), &fill.bytes, fill.purpose)
         })
     }
@@ -60,9 +63,10 @@ impl Fills {
     /// The threads end when this, which holds the only sender, is gone.
     fn writing(
         tally: &Arc<Tally>,
+        places: usize,
         write: impl Fn(&Fill) -> Result<(), CacheError> + Send + Sync + 'static,
     ) -> Option<Self> {
-        let (queue, fills) = sync_channel::<Queued>(QUEUE);
+        let (queue, fills) = sync_channel::<Queued>(places);
         let (fills, write) = (Arc::new(Mutex::new(fills)), Arc::new(write));
         let started = (0..THREADS).filter(|_| {
             let (fills, write, tally) = (Arc::clone(&fills), Arc::clone(&write), Arc::clone(tally));
@@ -83,35 +87,45 @@ impl Fills {
         });
         (started.count() > 0).then(|| Self {
             queue,
-            room: Arc::new(Semaphore::new(QUEUE)),
+            room: Arc::new(Semaphore::new(places)),
+            places,
+            patient: Arc::new(Semaphore::new(places / 4 * 3)),
             tally: Arc::clone(tally),
         })
     }
 
     /// Whether the disk keeps up with what arrives.
     pub fn keep_up(&self) -> bool {
-        self.room.available_permits() >= QUEUE / 2
+        self.room.available_permits() >= self.places / 2
     }
 
     /// Queues the block if there is room at once.
     pub fn offer(&self, fill: Fill) {
         match Arc::clone(&self.room).try_acquire_owned() {
-            Ok(room) => self.send(fill, room),
+            Ok(room) => self.send(fill, room, None),
             Err(_) => self.dropped(),
         }
     }
 
     /// Queues the block as soon as there is room.
     pub async fn bring(&self, fill: Fill) {
-        let room = Arc::clone(&self.room).acquire_owned();
+        let room = async {
+            let patient = Arc::clone(&self.patient).acquire_owned().await?;
+            Ok::<_, AcquireError>((Arc::clone(&self.room).acquire_owned().await?, patient))
+        };
         match tokio::time::timeout(PATIENCE, room).await {
-            Ok(Ok(room)) => self.send(fill, room),
+            Ok(Ok((room, patient))) => self.send(fill, room, Some(patient)),
             _ => self.dropped(),
         }
     }
 
-    fn send(&self, fill: Fill, room: OwnedSemaphorePermit) {
-        if self.queue.try_send(Queued { fill, _room: room }).is_err() {
+    fn send(&self, fill: Fill, room: OwnedSemaphorePermit, patient: Option<OwnedSemaphorePermit>) {
+        let queued = Queued {
+            fill,
+            _room: room,
+            _patient: patient,
+        };
+        if self.queue.try_send(queued).is_err() {
             self.dropped();
         }
     }
@@ -127,6 +141,8 @@ mod tests {
 
     use super::*;
     use crate::cache::{Cache, CacheConfig, ObjectId, VerifyPolicy};
+
+    const QUEUE: usize = 256;
 
     /// A disk that takes a block only when told to.
     struct Shim {
@@ -151,7 +167,7 @@ mod tests {
             let tally = Arc::new(Tally::default());
             let (take, taken) = mpsc::channel();
             let taken = Mutex::new(taken);
-            let fills = Fills::writing(&tally, move |_| {
+            let fills = Fills::writing(&tally, QUEUE, move |_| {
                 let _ = taken.lock().recv();
                 Ok(())
             });
@@ -194,7 +210,7 @@ mod tests {
     #[tokio::test]
     async fn what_nobody_waits_for_waits_for_the_disk() {
         let shim = Shim::new();
-        for block in 0..QUEUE as u64 {
+        for block in 0..QUEUE as u64 / 4 * 3 {
             shim.fills.bring(shim.fill(block)).await;
         }
         let mut more = Box::pin(shim.fills.bring(shim.fill(999)));
@@ -202,6 +218,8 @@ mod tests {
             futures::FutureExt::now_or_never(more.as_mut()).is_none(),
             "there was no room"
         );
+        // What somebody waited for still finds a place.
+        shim.fills.offer(shim.fill(1000));
         shim.take.send(()).unwrap();
         more.await;
         assert_eq!(shim.dropped(), 0);

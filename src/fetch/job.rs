@@ -208,13 +208,21 @@ impl Job {
     async fn deliver(&mut self, block: u64, bytes: Bytes) {
         // In this order a block is never in neither place (see `start_absent`).
         self.fetcher.recent.insert(self.object.id, block, bytes.clone());
-        self.object.flights.lock().remove(&block);
+        let waited = {
+            let mut flights = self.object.flights.lock();
+            flights.remove(&block);
+            // Somebody who waited has what he waited for, unless it is among what is still to come.
+            self.patient
+                && self.urgency.get() == Priority::Waited
+                && (block + 1..self.blocks().end)
+                    .any(|block| flights.get(&block).is_some_and(|flight| flight.waited))
+        };
         self.waiters[self.delivered].send_replace(Some(Ok(bytes.clone())));
         self.delivered += 1;
         for share in [&mut self.memory, &mut self.low_memory].into_iter().flatten() {
             drop(share.split(1));
         }
-        let patient = self.patient && self.urgency.get() != Priority::Waited;
+        let patient = self.patient && !waited;
         self.fetcher
             .fill(&self.object, block, &bytes, self.purpose, patient)
             .await;

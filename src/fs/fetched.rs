@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     block::{BLOCK_SIZE, blocks_covering},
+    causes::in_one_line,
     fetch::{FetchObject, Fetcher, Priority, Source, Streams},
     prefetch_policy::PrefetchPolicy,
     tree::{Ino, ObjectNo, TreeError},
@@ -33,7 +34,7 @@ const KNOWN_BUNDLES: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 /// A file up to this size that shares its object is one of many.
 const SMALL: u64 = 1 << 20;
 /// A warm-up asks for pieces of up to this size, so many at once: of small objects, each a request, enough to
-/// fill a pool of connections.
+/// fill a pool of connections, few enough to keep an order.
 const WARM_PIECE: u64 = 64 << 20;
 const WARM_AT_ONCE: usize = 48;
 /// A version that did not fit the cache is not measured again for so long.
@@ -93,30 +94,39 @@ impl<S: Sources> Shared<S> {
 
     /// Brings everything into the cache that it has room for, in tree order.
     async fn warm(&self) {
-        let mut room = self.fetcher.cache_room();
-        let pieces =
-            prefetch::joined(self.sources.files(), BLOCK_SIZE, WARM_PIECE).take_while(|(_, range)| {
-                let length = range.end - range.start;
-                let fits = length <= room;
-                room = room.saturating_sub(length);
-                fits
-            });
-        stream::iter(pieces)
-            .for_each_concurrent(WARM_AT_ONCE, |(number, range)| async move {
-                // Not through `open`: what is warmed must not push out what is being read.
-                let Ok(source) = self.sources.source(number) else {
-                    return;
-                };
-                let object = self.fetcher.open(&self.domain, source);
-                // This mount's own readers will want it: that is readahead, however far. A warm-up for nobody
-                // in particular keeps to a small share while readers wait.
-                if let Err(error) = self.fetcher.warm(&object, range, Priority::Readahead).await {
-                    tracing::debug!(%error, "warming up failed in places");
-                }
-            })
-            .await;
+        let pieces = prefetch::joined(self.sources.files(), BLOCK_SIZE, WARM_PIECE);
+        // Not through `open`: what is warmed must not push out what is being read.
+        let open = |number| Ok(self.fetcher.open(&self.domain, self.sources.source(number)?));
+        bring(&self.fetcher, pieces, open).await;
         tracing::info!("the version is warmed up");
     }
+}
+
+/// Brings ranges of a mount's objects into the cache, in their order, until one does not fit: it would push
+/// out what its readers have not come to yet.
+pub async fn bring(
+    fetcher: &Arc<Fetcher>,
+    ranges: impl Iterator<Item = (ObjectNo, Range<u64>)> + Send,
+    open: impl Fn(ObjectNo) -> Result<Arc<FetchObject>, TreeError> + Send + Sync,
+) {
+    let mut room = fetcher.cache_room();
+    let fitting = ranges.take_while(|(_, range)| {
+        let length = range.end - range.start;
+        let fits = length <= room;
+        room = room.saturating_sub(length);
+        fits
+    });
+    let open = &open;
+    stream::iter(fitting)
+        .for_each_concurrent(WARM_AT_ONCE, |(number, range)| async move {
+            let Ok(object) = open(number) else { return };
+            // This mount's own readers will want it: that is readahead, however far. A warm-up for nobody in
+            // particular keeps to a small share while readers wait.
+            if let Err(error) = fetcher.warm(&object, range, Priority::Readahead).await {
+                tracing::debug!(error = in_one_line(&error), "fetching ahead failed in places");
+            }
+        })
+        .await;
 }
 
 impl<S: Sources + 'static> Fetched<S> {
