@@ -14,7 +14,6 @@ use std::{
 };
 
 use bytes::Bytes;
-use parking_lot::Mutex;
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 
 use super::stats::Tally;
@@ -42,8 +41,10 @@ struct Queued {
 
 #[derive(Clone)]
 pub(super) struct Fills {
-    queue: SyncSender<Queued>,
-    /// As many permits as the queue has places, so that sending never blocks.
+    /// One for each thread; an object's blocks all go to the same: two writers of one file would only wait
+    /// for each other's lock, and spin meanwhile.
+    queues: Arc<[SyncSender<Queued>]>,
+    /// As many permits as each queue has places, so that sending never blocks.
     room: Arc<Semaphore>,
     places: usize,
     /// For those among them that could wait for room: the rest is for what readers wait for.
@@ -60,33 +61,29 @@ impl Fills {
         })
     }
 
-    /// The threads end when this, which holds the only sender, is gone.
+    /// The threads end when this, which holds the only senders, is gone.
     fn writing(
         tally: &Arc<Tally>,
         places: usize,
         write: impl Fn(&Fill) -> Result<(), CacheError> + Send + Sync + 'static,
     ) -> Option<Self> {
-        let (queue, fills) = sync_channel::<Queued>(places);
-        let (fills, write) = (Arc::new(Mutex::new(fills)), Arc::new(write));
-        let started = (0..THREADS).filter(|_| {
-            let (fills, write, tally) = (Arc::clone(&fills), Arc::clone(&write), Arc::clone(tally));
+        let write = Arc::new(write);
+        let queues = (0..THREADS).map_while(|_| {
+            let (queue, fills) = sync_channel::<Queued>(places);
+            let (write, tally) = (Arc::clone(&write), Arc::clone(tally));
             let work = move || {
-                loop {
-                    // The lock is the queue's turnstile: held while waiting for work, not while doing it.
-                    let next = fills.lock().recv();
-                    let Ok(queued) = next else { return };
+                for queued in fills {
                     if write(&queued.fill).is_err() {
                         tally.fills_failed.fetch_add(1, Relaxed);
                     }
                 }
             };
-            std::thread::Builder::new()
-                .name("cache-fill".to_owned())
-                .spawn(work)
-                .is_ok()
+            let thread = std::thread::Builder::new().name("cache-fill".to_owned());
+            thread.spawn(work).ok().map(|_| queue)
         });
-        (started.count() > 0).then(|| Self {
-            queue,
+        let queues: Arc<[_]> = queues.collect();
+        (!queues.is_empty()).then(|| Self {
+            queues,
             room: Arc::new(Semaphore::new(places)),
             places,
             patient: Arc::new(Semaphore::new(places / 4 * 3)),
@@ -120,12 +117,13 @@ impl Fills {
     }
 
     fn send(&self, fill: Fill, room: OwnedSemaphorePermit, patient: Option<OwnedSemaphorePermit>) {
+        let queue = &self.queues[usize::from(fill.object.id().0[2]) % self.queues.len()];
         let queued = Queued {
             fill,
             _room: room,
             _patient: patient,
         };
-        if self.queue.try_send(queued).is_err() {
+        if queue.try_send(queued).is_err() {
             self.dropped();
         }
     }
@@ -138,6 +136,8 @@ impl Fills {
 #[cfg(test)]
 mod tests {
     use std::{sync::mpsc, time::Instant};
+
+    use parking_lot::Mutex;
 
     use super::*;
     use crate::cache::{Cache, CacheConfig, ObjectId, VerifyPolicy};
