@@ -10,6 +10,7 @@ mod demo;
 mod doctor;
 mod logging;
 mod manual;
+mod memory;
 mod mount;
 mod mount_grid;
 mod output;

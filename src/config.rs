@@ -30,6 +30,10 @@ use crate::{
 
 pub const HOST_FILE: &str = "/etc/grid-mount/config.toml";
 
+/// What the memory limit is by default: less where a control group allows little.
+const MEMORY_MOST: u64 = 512 << 20;
+const MEMORY_LEAST: u64 = 32 << 20;
+
 /// Every setting, as named in files. `GRID_MOUNT_` and the upper-case name is the environment's name,
 /// `--` and the name with hyphens the flag's.
 pub const KEYS: [&str; 14] = [
@@ -367,6 +371,8 @@ pub struct Inputs {
     /// The login name, if there is one.
     pub login: Option<String>,
     pub is_root: bool,
+    /// Bytes that this process's control groups let it have, if they say.
+    pub memory_allowed: Option<u64>,
 }
 
 impl Inputs {
@@ -508,7 +514,11 @@ impl Settings {
             cache_size: layers.get("cache_size", str::parse, || Ok(DiskShare::Percent(20)))?,
             cache_min_free: layers.get("cache_min_free", str::parse, || Ok(DiskShare::Percent(5)))?,
             cache_verify: layers.get("cache_verify", str::parse, || Ok(CacheVerify::EarlierBoot))?,
-            memory_limit: layers.get("memory_limit", str::parse, || Ok(ByteSize(512 << 20)))?,
+            memory_limit: layers.get("memory_limit", str::parse, || {
+                // The rest of what a group has is for its page cache and whoever else is in it.
+                let allowed = inputs.memory_allowed.map_or(u64::MAX, |bytes| bytes / 4);
+                Ok(ByteSize(allowed.clamp(MEMORY_LEAST, MEMORY_MOST)))
+            })?,
             connections: layers.get("connections", connections, || Ok(64))?,
             read_deadline: layers.get("read_deadline", seconds, || Ok(Duration::from_secs(60)))?,
             prefetch: layers.get("prefetch", str::parse, || Ok(PrefetchPolicy::Auto))?,

@@ -9,7 +9,7 @@ use std::{
 use super::{
     CliError,
     args::{AgentArgs, AgentSettingArgs, CatalogArgs, ConfigArgs, MountArgs},
-    output,
+    memory, output,
 };
 use crate::{
     agent::{AgentConfig, CacheConfig, FetchConfig, VerifyPolicy, access::Rules},
@@ -99,6 +99,7 @@ fn inputs(overrides: &Overrides) -> Inputs {
         host_file: overrides.host_file.clone(),
         login: account.map(|account| account.name),
         is_root: uid.is_root(),
+        memory_allowed: memory::allowed(),
     }
 }
 

@@ -190,3 +190,23 @@ fn grids_address_is_the_catalog_where_nothing_else_is_named() {
         assert!(error.contains("GRID_URL") && error.contains(wrong), "{error}");
     }
 }
+
+#[test]
+fn a_small_control_group_makes_the_memory_limit_small() {
+    let limit = |allowed, environment: &[(&str, &str)]| {
+        let inputs = Inputs {
+            memory_allowed: allowed,
+            ..inputs(environment)
+        };
+        Settings::load(&inputs).unwrap().memory_limit.value.0 >> 20
+    };
+    assert_eq!(limit(None, &[]), 512);
+    assert_eq!(limit(Some(64 << 30), &[]), 512);
+    assert_eq!(limit(Some(1 << 30), &[]), 256);
+    assert_eq!(limit(Some(1 << 20), &[]), 32);
+    // Who says what he wants gets it.
+    assert_eq!(
+        limit(Some(1 << 30), &[("GRID_MOUNT_MEMORY_LIMIT", "700MiB")]),
+        700
+    );
+}
