@@ -2,8 +2,9 @@
 //!
 //!     cargo bench --bench fetch [-- --small] [--only sequential|random|small-files] [--connections N]
 //!
-//! The origin is in this process, shaped to 20 ms to the first byte and 90 MB/s per connection. No kernel
-//! takes part, and a disk cache only for the small files: what is measured is the fetcher.
+//! The origin is in this process, shaped to 20 ms to the first byte and 90 MB/s per connection. The kernel's side
+//! of a mount takes no part: what is measured is the fetcher, with an agent's default memory limit, and its cache
+//! on the disk of the temporary directory. Without `--connections`, several numbers of them are tried.
 
 #[path = "../tests/support/s3_origin.rs"]
 mod s3_origin;
@@ -30,8 +31,8 @@ use grid_mount::{
 };
 use s3_origin::{S3Origin, Shape};
 
-/// Connections, unless `--connections` says otherwise: what an agent has by default.
-const CONNECTIONS: usize = 64;
+/// Tried where no number is given; the last is what an agent has by default.
+const CONNECTIONS: [usize; 3] = [16, 32, 64];
 const SHAPE: Shape = Shape {
     first_byte: Duration::from_millis(20),
     rate: 90_000_000,
@@ -46,10 +47,11 @@ fn argument(name: &str) -> Option<String> {
     std::env::args().skip_while(|argument| argument != name).nth(1)
 }
 
-fn connections() -> usize {
-    argument("--connections")
-        .and_then(|count| count.parse().ok())
-        .unwrap_or(CONNECTIONS)
+fn connections() -> Vec<usize> {
+    match argument("--connections").and_then(|count| count.parse().ok()) {
+        Some(count) => vec![count],
+        None => CONNECTIONS.to_vec(),
+    }
 }
 
 /// Processor seconds of this process so far, the origin's included.
@@ -63,10 +65,10 @@ fn cpu() -> f64 {
     })
 }
 
-fn config() -> FetchConfig {
+fn config(connections: usize) -> FetchConfig {
     FetchConfig {
-        connections: connections(),
-        memory_limit: 1 << 30,
+        connections,
+        memory_limit: 512 << 20,
         read_deadline: Duration::from_secs(30),
         max_readahead: 512 << 20,
     }
@@ -76,13 +78,25 @@ struct Bench {
     origin: S3Origin,
     store: Store,
     size: u64,
+    connections: usize,
 }
 
 impl Bench {
-    fn fetcher(&self) -> (Arc<Fetcher>, Arc<FetchObject>) {
-        let fetcher = Fetcher::new(config(), None, tokio::runtime::Handle::current());
+    fn fetcher(&self, cache: Option<Arc<Cache>>) -> (Arc<Fetcher>, Arc<FetchObject>) {
+        let fetcher = Fetcher::new(config(self.connections), cache, tokio::runtime::Handle::current());
         let object = self.open(&fetcher, "big", self.size);
         (fetcher, object)
+    }
+
+    /// Plain GETs of an extent each over all connections, in MB/s.
+    async fn ceiling(&self) -> Result<f64, Failure> {
+        let began = Instant::now();
+        stream::iter((0..self.size).step_by(8 << 20))
+            .map(|at| self.plain("big", at..(at + (8 << 20)).min(self.size)))
+            .buffer_unordered(self.connections)
+            .try_for_each(|_| async { Ok(()) })
+            .await?;
+        Ok(mb(self.size, began.elapsed()))
     }
 
     fn open(&self, fetcher: &Arc<Fetcher>, key: &str, size: u64) -> Arc<FetchObject> {
@@ -137,27 +151,41 @@ fn percentile(times: &mut [Duration], of: usize) -> f64 {
     ms(times[(times.len() * of / 100).min(times.len() - 1)])
 }
 
-async fn sequential(bench: &Bench) -> Result<(), Failure> {
+fn cache(dir: &std::path::Path) -> Result<Arc<Cache>, Failure> {
+    Ok(Cache::open(CacheConfig {
+        dir: dir.to_owned(),
+        max_bytes: 8 << 30,
+        min_free: 0,
+        verify: VerifyPolicy::EarlierBoot,
+    })?)
+}
+
+/// Memory that nobody has used yet is slow on a virtual machine: its host has to find it first.
+fn use_memory(bytes: u64) -> Result<(), Failure> {
+    use std::io::Write as _;
+    let (mut file, block) = (tempfile::tempfile()?, vec![1; 1 << 20]);
+    for _ in 0..bytes >> 20 {
+        file.write_all(&block)?;
+    }
+    Ok(())
+}
+
+async fn sequential(bench: &Bench, with_cache: bool) -> Result<(), Failure> {
     // Once beforehand: connections, and the kernel's buffers.
-    stream::iter(0..connections() as u64)
+    stream::iter(0..bench.connections as u64)
         .map(|n| bench.plain("big", n << 20..(n + 1) << 20))
-        .buffer_unordered(connections())
+        .buffer_unordered(bench.connections)
         .try_for_each(|_| async { Ok(()) })
         .await?;
     let plain_cpu = cpu();
-    let began = Instant::now();
-    stream::iter((0..bench.size).step_by(8 << 20))
-        .map(|at| bench.plain("big", at..(at + (8 << 20)).min(bench.size)))
-        .buffer_unordered(connections())
-        .try_for_each(|_| async { Ok(()) })
-        .await?;
-    let ceiling = mb(bench.size, began.elapsed());
+    let ceiling = bench.ceiling().await?;
     let plain_cpu = cpu() - plain_cpu;
     let one = Instant::now();
     bench.plain("big", 0..BLOCK_SIZE).await?;
     let one = one.elapsed();
 
-    let (fetcher, object) = bench.fetcher();
+    let dir = tempfile::tempdir()?;
+    let (fetcher, object) = bench.fetcher(with_cache.then(|| cache(dir.path())).transpose()?);
     let streams = Streams::default();
     let before = bench.moved();
     let used = cpu();
@@ -172,9 +200,10 @@ async fn sequential(bench: &Bench) -> Result<(), Failure> {
     let after = bench.moved();
     let stats = fetcher.stats();
     println!(
-        "sequential, {} MiB, {} connections: {got:.0} MB/s of {ceiling:.0} ({:.2}); first bytes {:.1} ms, one plain GET {:.1} ms; {} GETs ({} hedges, {} retries), {:.3} bytes fetched per byte read; {:.2} CPU seconds, plain {plain_cpu:.2}",
+        "sequential, {} MiB, {} connections, {}: {got:.0} MB/s of {ceiling:.0} ({:.2}); first bytes {:.1} ms, one plain GET {:.1} ms; {} GETs ({} hedges, {} retries), {:.3} bytes fetched per byte read, {} blocks not cached; {:.2} CPU seconds, plain {plain_cpu:.2}",
         bench.size >> 20,
-        connections(),
+        bench.connections,
+        if with_cache { "cache on disk" } else { "no cache" },
         got / ceiling,
         ms(first.unwrap_or_default()),
         ms(one),
@@ -182,6 +211,7 @@ async fn sequential(bench: &Bench) -> Result<(), Failure> {
         stats.hedges,
         stats.retries,
         (after.1 - before.1) as f64 / bench.size as f64,
+        stats.fills_dropped,
         cpu() - used
     );
     Ok(())
@@ -201,7 +231,7 @@ async fn random(bench: &Bench, readers: usize, reads: u64, warm: bool, label: &s
         .buffer_unordered(readers)
         .try_collect()
         .await?;
-    let (fetcher, object) = bench.fetcher();
+    let (fetcher, object) = bench.fetcher(None);
     let warming = warm.then(|| {
         let (fetcher, other) = (Arc::clone(&fetcher), bench.open(&fetcher, "other", bench.size));
         tokio::spawn(async move { fetcher.warm(&other, 0..u64::MAX, Priority::WarmUp).await })
@@ -310,22 +340,14 @@ async fn small_files(bench: &Bench, files: u64, in_an_object: u64, ahead: Ahead)
         .try_for_each(|_| async { Ok(()) })
         .await?;
     let serial = some as f64 / began.elapsed().as_secs_f64();
-    let began = Instant::now();
-    stream::iter((0..bench.size).step_by(8 << 20))
-        .map(|at| bench.plain("big", at..(at + (8 << 20)).min(bench.size)))
-        .buffer_unordered(connections())
-        .try_for_each(|_| async { Ok(()) })
-        .await?;
-    let ceiling = mb(bench.size, began.elapsed());
+    let ceiling = bench.ceiling().await?;
 
     let dir = tempfile::tempdir()?;
-    let cache = Cache::open(CacheConfig {
-        dir: dir.path().to_owned(),
-        max_bytes: 8 << 30,
-        min_free: 0,
-        verify: VerifyPolicy::EarlierBoot,
-    })?;
-    let fetcher = Fetcher::new(config(), Some(cache), tokio::runtime::Handle::current());
+    let fetcher = Fetcher::new(
+        config(bench.connections),
+        Some(cache(dir.path())?),
+        tokio::runtime::Handle::current(),
+    );
     let recorder = Recorder::default();
     let mut order: Vec<u64> = (0..files).collect();
     order.sort_by_key(|n| n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 7);
@@ -391,7 +413,8 @@ async fn small_files(bench: &Bench, files: u64, in_an_object: u64, ahead: Ahead)
         Ahead::Profile => "a profile and no prefetch".to_owned(),
     };
     println!(
-        "{files} files of 100 KiB, {kind}, 8 readers, shuffled, {ahead}, cache on disk: {rate:.0} files/s, {got:.0} MB/s of {ceiling:.0} ({:.2}); 8 readers x one GET at a time: {serial:.0} files/s ({:.1} x); a file p50 {:.1} ms, p99 {:.1} ms; {} GETs, {:.2} bytes fetched per byte read, {} blocks not cached, {used:.2} CPU seconds",
+        "{files} files of 100 KiB, {kind}, {} connections, 8 readers, shuffled, {ahead}, cache on disk: {rate:.0} files/s, {got:.0} MB/s of {ceiling:.0} ({:.2}); 8 readers x one GET at a time: {serial:.0} files/s ({:.1} x); a file p50 {:.1} ms, p99 {:.1} ms; {} GETs, {:.2} bytes fetched per byte read, {} blocks not cached, {used:.2} CPU seconds",
+        bench.connections,
         got / ceiling,
         rate / serial,
         percentile(&mut times, 50),
@@ -413,11 +436,23 @@ async fn main() -> Result<(), Failure> {
     origin.put("other", data);
     let settings = origin.settings().into_iter().collect();
     let store = Store::open(&"s3://bucket".parse()?, &settings, &Deadlines::data())?;
-    let bench = Bench { origin, store, size };
+    let connections = connections();
+    let mut bench = Bench {
+        origin,
+        store,
+        size,
+        connections: connections.last().copied().unwrap_or(1),
+    };
+    use_memory(2 * size)?;
     let only = argument("--only");
     let wanted = |name: &str| only.as_deref().is_none_or(|only| only == name);
     if wanted("sequential") {
-        sequential(&bench).await?;
+        for connections in &connections {
+            bench.connections = *connections;
+            for with_cache in [false, true] {
+                sequential(&bench, with_cache).await?;
+            }
+        }
     }
     if wanted("random") {
         let reads = if small { 600 } else { 3000 };
@@ -435,10 +470,19 @@ async fn main() -> Result<(), Failure> {
     if wanted("small-files") {
         let files = if small { 2000 } else { 20_000 };
         for in_an_object in [IN_A_BUNDLE, 1] {
-            for policy in [PrefetchPolicy::Auto, PrefetchPolicy::All] {
-                small_files(&bench, files, in_an_object, Ahead::Prefetch(policy)).await?;
+            // A request for each file: all connections are what it takes.
+            let tried = if in_an_object == 1 {
+                connections.len() - 1
+            } else {
+                0
+            };
+            for connections in &connections[tried..] {
+                bench.connections = *connections;
+                for policy in [PrefetchPolicy::Auto, PrefetchPolicy::All] {
+                    small_files(&bench, files, in_an_object, Ahead::Prefetch(policy)).await?;
+                }
+                small_files(&bench, files, in_an_object, Ahead::Profile).await?;
             }
-            small_files(&bench, files, in_an_object, Ahead::Profile).await?;
         }
     }
     Ok(())

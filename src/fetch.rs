@@ -35,7 +35,7 @@ use self::{
 };
 pub use self::{error::FetchError, pool::Priority, readahead::Streams, stats::FetchStats};
 use crate::{
-    block::{BLOCK_SIZE, BLOCKS_PER_EXTENT, BlockNo, block_count, blocks_covering},
+    block::{BLOCK_SIZE, BLOCKS_PER_EXTENT, BlockNo, EXTENT_SIZE, block_count, blocks_covering},
     cache::{Cache, CachedObject, ObjectId, Purpose},
     digest::BlockSum,
     histogram::Distribution,
@@ -110,6 +110,8 @@ pub struct Fetcher {
     memory_blocks: usize,
     /// The part of it that readahead and warm-up may hold together.
     low_memory: Arc<Semaphore>,
+    /// Without room to keep it, what is fetched ahead would be fetched twice: less than what `recent` holds.
+    largest_window: u64,
     recent: Arc<Recent>,
     fills: Option<Fills>,
     buffers: Arc<Buffers>,
@@ -122,24 +124,29 @@ pub struct Fetcher {
 
 impl Fetcher {
     pub fn new(config: FetchConfig, cache: Option<Arc<Cache>>, runtime: tokio::runtime::Handle) -> Arc<Self> {
-        // Three eighths of the memory for what is in flight, half for what arrived, and an eighth for what
-        // waits for the cache's disk.
-        let blocks = usize::try_from(config.memory_limit / 8 * 3 / BLOCK_SIZE).unwrap_or(usize::MAX >> 4);
-        let blocks = blocks.clamp(2 * BLOCKS_PER_EXTENT as usize, Semaphore::MAX_PERMITS);
+        // A quarter of the memory is for what waits for the cache's disk. The rest holds what is on its way and
+        // what arrived; three quarters of that may be on its way, three quarters of those with nobody waiting.
+        let limit = usize::try_from(config.memory_limit / BLOCK_SIZE).unwrap_or(usize::MAX);
+        let places = (limit / 4).clamp(BLOCKS_PER_EXTENT as usize, 1 << 14);
+        let blocks = (limit / 4 * 3).clamp(3 * BLOCKS_PER_EXTENT as usize, Semaphore::MAX_PERMITS);
+        let recent = Arc::new(Recent::new(blocks));
+        let in_flight = (blocks / 4 * 3).max(2 * BLOCKS_PER_EXTENT as usize);
         let tally = Arc::new(Tally::default());
-        let places = usize::try_from(config.memory_limit / 8 / BLOCK_SIZE).unwrap_or(usize::MAX);
-        let places = places.clamp(BLOCKS_PER_EXTENT as usize, 1 << 14);
-        let fills = cache.as_ref().and_then(|_| Fills::start(&tally, places));
+        let fills = cache.as_ref().and_then(|_| Fills::start(&tally, &recent, places));
         Arc::new(Self {
-            recent: Arc::new(Recent::new(config.memory_limit / 2)),
+            // More than all connections can be busy with helps nobody.
+            largest_window: ((blocks / 4 * 3) as u64 * BLOCK_SIZE)
+                .min(config.connections as u64 * 5 / 4 * EXTENT_SIZE)
+                .min(config.max_readahead),
+            recent,
             config,
             cache,
             runtime,
             objects: Arc::default(),
             pools: Arc::default(),
-            memory: Arc::new(Semaphore::new(blocks)),
-            memory_blocks: blocks,
-            low_memory: Arc::new(Semaphore::new(blocks / 4 * 3)),
+            memory: Arc::new(Semaphore::new(in_flight)),
+            memory_blocks: in_flight,
+            low_memory: Arc::new(Semaphore::new(in_flight / 4 * 3)),
             fills,
             buffers: Arc::default(),
             tally,
@@ -162,6 +169,7 @@ impl Fetcher {
             memory: Arc::clone(&self.memory),
             memory_blocks: self.memory_blocks,
             low_memory: Arc::clone(&self.low_memory),
+            largest_window: self.largest_window,
             recent: Arc::clone(&self.recent),
             fills: self.fills.clone(),
             buffers: Arc::clone(&self.buffers),
@@ -225,6 +233,7 @@ impl Fetcher {
         for block in blocks.clone() {
             let bytes = self.recent.get(object.id, block)?;
             buf.extend_from_slice(part_of(&bytes, block, &range)?);
+            self.served_if_read(object, block, &range);
         }
         self.count_hit(object, &range, &blocks);
         Some(())
@@ -274,6 +283,7 @@ impl Fetcher {
                 None => self.read_cached_block(object, block).await?,
             };
             let part = part_range(bytes.len(), block, &range).ok_or(FetchError::Stopped)?;
+            self.served_if_read(object, block, &range);
             if blocks.end - blocks.start == 1 {
                 return Ok(bytes.slice(part));
             }
@@ -396,6 +406,7 @@ impl Fetcher {
                         patient: matches!(ahead, Ahead::Neighbours | Ahead::WarmUp),
                         memory: None,
                         low_memory: None,
+                        reserved: None,
                         delivered: 0,
                     });
                 }
@@ -419,11 +430,14 @@ impl Fetcher {
         range: Range<u64>,
         window: Range<u64>,
     ) {
-        let (ranges, window) = streams.advise(&range, &object.clip(&window), self.largest_window());
+        let (ranges, window) = streams.advise(
+            &range,
+            &object.clip(&window),
+            self.config.max_readahead.min(self.largest_window),
+        );
         // Small while the window is: all connections have a part of it, and the next byte comes soon. Large
-        // pieces waste less of each connection on waiting for first bytes. A quarter more of them than there
-        // are connections: when the reader is slow with one, none of the others is idle.
-        let piece = readahead::even_piece(window / BLOCK_SIZE, self.config.connections as u64 * 5 / 4);
+        // pieces waste less of each connection on waiting for first bytes.
+        let piece = readahead::even_piece(window / BLOCK_SIZE, self.config.connections as u64);
         for ahead in ranges {
             let wanted: Vec<u64> = blocks_covering(&ahead).collect();
             self.fetch_ahead(object, &wanted, Ahead::Stream { piece });
@@ -464,11 +478,6 @@ impl Fetcher {
 
     fn piece(&self, blocks: u64) -> u64 {
         readahead::piece_size(blocks, self.config.connections as u64)
-    }
-
-    /// Without room to keep it, what is fetched ahead would be fetched twice: less than what `recent` holds.
-    fn largest_window(&self) -> u64 {
-        self.config.max_readahead.min(self.config.memory_limit / 8 * 3)
     }
 
     /// How many bytes the cache can still take without evicting; 0 without a cache.
@@ -543,6 +552,13 @@ impl Fetcher {
         self.tally.hits.fetch_add(1, Relaxed);
         self.tally.cache_bytes.fetch_add(range.end - range.start, Relaxed);
         self.mark_read(object, blocks);
+    }
+
+    /// A block that is read to its end is not waited for by this reader any more.
+    fn served_if_read(&self, object: &FetchObject, block: u64, range: &Range<u64>) {
+        if range.end >= BlockNo(block).byte_range(object.source.size).end {
+            self.recent.served(object.id, block);
+        }
     }
 
     fn mark_read(&self, object: &FetchObject, blocks: &Range<u64>) {

@@ -16,7 +16,7 @@ use std::{
 use bytes::Bytes;
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 
-use super::stats::Tally;
+use super::{recent::Recent, stats::Tally};
 use crate::{
     block::BlockNo,
     cache::{CacheError, CachedObject, Purpose},
@@ -55,9 +55,12 @@ pub(super) struct Fills {
 impl Fills {
     /// With `places` for blocks that wait to be written. `None`: no thread could be started, and nothing is
     /// cached.
-    pub fn start(tally: &Arc<Tally>, places: usize) -> Option<Self> {
-        Self::writing(tally, places, |fill| {
-            fill.object.fill(BlockNo(fill.block), &fill.bytes, fill.purpose)
+    pub fn start(tally: &Arc<Tally>, recent: &Arc<Recent>, places: usize) -> Option<Self> {
+        let recent = Arc::clone(recent);
+        Self::writing(tally, places, move |fill| {
+            fill.object.fill(BlockNo(fill.block), &fill.bytes, fill.purpose)?;
+            recent.served(fill.object.id(), fill.block);
+            Ok(())
         })
     }
 

@@ -14,6 +14,7 @@ use tokio::sync::{OwnedSemaphorePermit, watch};
 use super::{
     Arrival, FetchError, FetchObject, Fetcher,
     pool::{Priority, Urgency},
+    recent::Reserved,
 };
 use crate::{
     block::BlockNo,
@@ -41,6 +42,7 @@ pub(super) struct Job {
     /// The shares of the budget that the undelivered blocks hold.
     pub memory: Option<OwnedSemaphorePermit>,
     pub low_memory: Option<OwnedSemaphorePermit>,
+    pub reserved: Option<Reserved>,
     pub delivered: usize,
 }
 
@@ -77,6 +79,7 @@ impl Job {
         };
         let memory = Arc::clone(&fetcher.memory).acquire_many_owned(blocks).await;
         self.memory = Some(memory.map_err(|_| FetchError::Stopped)?);
+        self.reserved = Some(fetcher.recent.reserve(self.waiters.len()));
         fetcher.tally.misses.fetch_add(u64::from(blocks), Relaxed);
         let mut fruitless = 0;
         let mut corrupt = None;
@@ -171,7 +174,7 @@ impl Job {
         sums: Option<Vec<BlockSum>>,
     ) -> Result<(), Stop> {
         let start = self.delivered;
-        let mut buffer = Vec::new();
+        let mut buffer = None;
         while let Some(chunk) = body.next().await {
             let mut chunk = chunk.map_err(Stop::Origin)?;
             self.fetcher
@@ -182,13 +185,12 @@ impl Job {
                 let block = self.first + self.delivered as u64;
                 let range = BlockNo(block).byte_range(self.object.source.size);
                 let length = usize::try_from(range.end - range.start).unwrap_or(0);
-                if buffer.capacity() == 0 {
-                    buffer = self.fetcher.buffers.take();
-                }
-                let take = chunk.len().min(length - buffer.len());
-                buffer.extend_from_slice(&chunk.split_to(take));
-                if buffer.len() == length {
-                    let bytes = self.fetcher.buffers.freeze(std::mem::take(&mut buffer));
+                let mut filling = buffer.take().unwrap_or_else(|| self.fetcher.buffers.take());
+                filling.take_from(&mut chunk, length);
+                if filling.len() < length {
+                    buffer = Some(filling);
+                } else {
+                    let bytes = filling.freeze();
                     if let Some(sums) = &sums
                         && BlockSum::of(&bytes) != sums[self.delivered - start]
                     {
@@ -207,7 +209,9 @@ impl Job {
 
     async fn deliver(&mut self, block: u64, bytes: Bytes) {
         // In this order a block is never in neither place (see `start_absent`).
-        self.fetcher.recent.insert(self.object.id, block, bytes.clone());
+        if let Some(reserved) = &mut self.reserved {
+            reserved.arrived(self.object.id, block, bytes.clone());
+        }
         let waited = {
             let mut flights = self.object.flights.lock();
             flights.remove(&block);

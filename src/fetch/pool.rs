@@ -84,7 +84,7 @@ pub(super) struct Permit {
 /// For so long after a waiting reader's request, warm-up keeps to its small share.
 const READERS_ARE_ABOUT: Duration = Duration::from_millis(500);
 /// For so long, readahead leaves the reserve free. A sequential reader's requests are all readahead: it may
-/// have nearly everything.
+/// have everything.
 const A_READER_MAY_COME_BACK: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(4);
 
@@ -107,11 +107,20 @@ impl Pool {
         let reserve = (self.connections / 4).max(1);
         let quiet = |period| state.last_waited.is_none_or(|at| at.elapsed() >= period);
         match class {
-            Priority::Waited => self.connections,
-            Priority::Readahead if quiet(A_READER_MAY_COME_BACK) => self.connections - 1,
+            Priority::Waited => self.most(class),
+            Priority::Readahead if quiet(A_READER_MAY_COME_BACK) => self.connections,
             Priority::Readahead => self.connections - reserve,
             Priority::WarmUp if !quiet(READERS_ARE_ABOUT) => (self.connections / 16).max(1),
             Priority::WarmUp => self.connections - reserve,
+        }
+    }
+
+    /// Connections that are open when this class asks for one more. A few are for waiting readers alone: what
+    /// is fetched ahead may take all others, and may stall on all of them.
+    fn most(&self, class: Priority) -> usize {
+        match class {
+            Priority::Waited => self.connections + (self.connections / 16).max(1),
+            Priority::Readahead | Priority::WarmUp => self.connections,
         }
     }
 
@@ -119,7 +128,7 @@ impl Pool {
         let total: usize = state.running.iter().sum();
         // What a class holds counts with all classes below it, so that a lower one never fills the pool.
         let held: usize = state.running[class as usize..].iter().sum();
-        total < self.connections && held < self.share(class, state)
+        total < self.most(class) && held < self.share(class, state)
     }
 
     /// Waits for a connection; a request that becomes urgent meanwhile moves to the front class.
@@ -221,40 +230,51 @@ mod tests {
     async fn lower_classes_leave_room_and_waiting_readers_go_first() {
         let pool = Pool::new(4);
         let low = Urgency::new(Priority::Readahead);
-        let held: Vec<_> = futures::future::join_all((0..3).map(|_| pool.acquire(&low))).await;
+        let mut held: Vec<_> = futures::future::join_all((0..4).map(|_| pool.acquire(&low))).await;
         assert!(
             pool.acquire(&low).now_or_never().is_none(),
-            "readahead took the reserve"
+            "readahead took what is for readers"
         );
         let first = pool
             .acquire(&Urgency::new(Priority::Waited))
             .now_or_never()
-            .expect("the reserve is for readers");
+            .expect("some are for readers alone");
+        drop(held.pop());
+        assert!(
+            pool.acquire(&low).now_or_never().is_none(),
+            "readahead took the reserve while a reader is about"
+        );
 
         let warm = Urgency::new(Priority::WarmUp);
         let waited = Urgency::new(Priority::Waited);
+        let second = pool
+            .acquire(&waited)
+            .now_or_never()
+            .expect("a connection is free");
         let mut queued_low = Box::pin(pool.acquire(&warm));
         let mut queued = Box::pin(pool.acquire(&waited));
         assert!(queued_low.as_mut().now_or_never().is_none());
-        assert!(queued.as_mut().now_or_never().is_none());
+        assert!(queued.as_mut().now_or_never().is_none(), "more than there are");
         drop(first);
         assert!(queued_low.as_mut().now_or_never().is_none());
         assert!(queued.now_or_never().is_some());
-        drop(held);
+        drop((held, second));
     }
 
     #[tokio::test]
     async fn a_raised_request_moves_to_the_front() {
         let pool = Pool::new(2);
         let waited = Urgency::new(Priority::Waited);
-        let a = pool.acquire(&waited).await;
-        let _b = pool.acquire(&waited).await;
+        let mut held = Vec::new();
+        while let Some(permit) = pool.acquire(&waited).now_or_never() {
+            held.push(permit);
+        }
         let urgency = Urgency::new(Priority::WarmUp);
         let mut queued = Box::pin(pool.acquire(&urgency));
         assert!(queued.as_mut().now_or_never().is_none());
         urgency.raise();
         assert!(queued.as_mut().now_or_never().is_none());
-        drop(a);
+        drop(held.pop());
         let permit = queued.await;
         assert_eq!(permit.class, Priority::Waited);
     }

@@ -24,12 +24,19 @@ struct State {
 
 /// More readers than this on one inode share their guesses.
 const MOST_STREAMS: usize = 16;
-/// How far from its expected place a read still belongs to a stream: the kernel sends the parts of one
-/// readahead out of order, and readers skip small headers.
+/// How far from its expected place a read still belongs to a stream: readers skip small headers, …
 const SLACK: u64 = 512 << 10;
+/// … and the kernel sends the parts of a long readahead of its own, up to so much, out of order.
+const KERNEL_READAHEAD: u64 = 16 << 20;
+/// Only that asks for so much at once.
+const KERNEL_REQUEST: u64 = 512 << 10;
+/// So many reads in a row that each end where the one before began are going backward.
+const BACKWARD: u32 = 3;
 const FIRST_WINDOW: u64 = 2 << 20;
 /// A proven window grows by this factor: each step costs a round trip, and a fast origin takes four.
 const GROWTH: u64 = 8;
+/// A window is proven by reading this part of it. Not more: until then the connections have too little to do.
+const PROOF: u64 = 4;
 /// What was learned is forgotten when it has grown to this.
 const MOST_LEARNED: u64 = 1 << 30;
 /// A first read of this length at the start of a file comes from a sequential reader's kernel readahead;
@@ -46,6 +53,8 @@ struct Stream {
     /// How far ahead was asked for already, in the stream's direction.
     asked: u64,
     step: i64,
+    /// Reads in a row that went backward though the stream does not.
+    back: u32,
     confirmed: u32,
     window: u64,
     /// Reading on to here proves the window right.
@@ -110,16 +119,26 @@ impl Streams {
                 vec![clipped]
             }
         };
+        let length = range.end - range.start;
+        let slack = match length {
+            KERNEL_REQUEST.. => KERNEL_READAHEAD,
+            _ => SLACK,
+        };
+        let follows_backward = |s: &Stream| range.end.abs_diff(s.last.start) <= BLOCK_SIZE;
         // Forward: the read starts where the stream stands, give or take.
         let forward = streams.iter().rposition(|s| {
             s.step >= 0
-                && range.start + SLACK >= s.front
-                && range.start <= s.front + SLACK
-                && range.end + SLACK > s.front
+                && range.start.saturating_add(slack) >= s.front
+                && range.start <= s.front.saturating_add(slack)
+                && !(s.back >= BACKWARD && follows_backward(s))
         });
         if let Some(at) = forward {
             let stream = &mut streams[at];
             let advanced = range.end > stream.front;
+            stream.back = match follows_backward(stream) && !advanced {
+                true => stream.back + 1,
+                false => 0,
+            };
             stream.front = stream.front.max(range.end);
             stream.last = range.clone();
             if !advanced {
@@ -127,7 +146,7 @@ impl Streams {
             }
             stream.confirmed += 1;
             stream.step = 0;
-            if range.end - range.start < TELLING_LENGTH && stream.confirmed < 3 {
+            if length < TELLING_LENGTH && stream.confirmed < 3 {
                 // Two small reads near each other are a coincidence among random readers.
                 return (Vec::new(), at);
             }
@@ -154,7 +173,7 @@ impl Streams {
             }
             stream.asked = to.max(from);
             if stream.proof == 0 {
-                stream.proof = stream.front + (stream.asked - stream.front) / 2;
+                stream.proof = stream.front + (stream.asked - stream.front) / PROOF;
             }
             return (clip(from..stream.asked), at);
         }
@@ -236,6 +255,7 @@ impl Streams {
             front: range.end,
             asked: range.end + window,
             step: 0,
+            back: 0,
             confirmed: 0,
             window,
             proof: if telling { range.end + window / 2 } else { 0 },
@@ -311,6 +331,25 @@ mod tests {
     }
 
     #[test]
+    fn parts_of_the_kernels_readahead_out_of_order_are_one_stream() {
+        let streams = Streams::new();
+        let (mut covered, part) = (0, 1 << 20);
+        for batch in 0..100u64 {
+            // Sixteen at once, in whatever order threads come to them.
+            for at in (0..16).map(|n| batch * 16 + (n * 7 + batch) % 16) {
+                let read = at * part..(at + 1) * part;
+                for ahead in streams.advise(&read, &WHOLE, LARGEST).0 {
+                    assert!(covered == 0 || ahead.start <= covered.max(read.end), "a gap");
+                    covered = covered.max(ahead.end);
+                }
+            }
+        }
+        let streams = streams.streams.lock();
+        assert_eq!(streams.streams.len(), 1);
+        assert_eq!(streams.streams[0].window, LARGEST);
+    }
+
+    #[test]
     fn random_small_reads_ask_for_nothing() {
         // Far apart, never the same distance twice.
         let reads = (1..200u64).map(|n| {
@@ -347,6 +386,8 @@ mod tests {
             end - BLOCK_SIZE..end
         });
         assert!(asked(back) >= 50 * BLOCK_SIZE);
+        let back_in_large_reads = (0..100u64).map(|n| (99 - n) << 20..(100 - n) << 20);
+        assert!(asked(back_in_large_reads) >= 50 << 20);
         let strided = (0..20u64).map(|n| n * (10 << 20)..n * (10 << 20) + 4096);
         let got = asked(strided);
         assert!(got > 0 && got < 20 * 16 * BLOCK_SIZE, "{got}");
