@@ -364,8 +364,7 @@ fn shake_hands(
         })?,
     };
     let server = Server::new(
-        fs,
-        connection,
+        (fs, connection),
         options.io_mode,
         opens,
         counters.clone(),

@@ -163,6 +163,14 @@ fn a_listing_brings_attributes_once_they_are_wanted() {
     let Some(mount) = Mount::new(IoModeWish::NoOpen) else {
         return;
     };
+    run("ls", &["-l", "d00"], &mount.point());
+    // Those of the first, short page, and what names the directory.
+    let asked = mount.asked(Operation::Lookup);
+    assert!((16..=40).contains(&asked), "{asked}");
+
+    let Some(mount) = Mount::new(IoModeWish::NoOpen) else {
+        return;
+    };
     run("find", &[".", "-ls"], &mount.point());
     // The files of the first directory, and `large`; nothing of the nineteen others.
     let asked = mount.asked(Operation::Lookup);

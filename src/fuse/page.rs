@@ -97,7 +97,7 @@ impl Page {
     }
 }
 
-const _: () = assert!(ENTRY == 4 * 8 + 2 * 4 + 88 && (ENTRY + DIRENT) % 8 == 0);
+const _: () = assert!(ENTRY == 4 * 8 + 2 * 4 + 88 && (ENTRY + DIRENT).is_multiple_of(8));
 
 #[cfg(test)]
 mod tests {

@@ -32,7 +32,7 @@ use super::{
     counters::{Counters, Operation, SlowRead},
     errno::{errno, is_failure},
     io_mode::{self, Abilities, IoMode},
-    listing::Listings,
+    listing::{self, Listings},
     open_inodes::{BackingNo, OpenInodes, Released, Way},
     open_table::OpenTable,
     page::Page,
@@ -115,8 +115,7 @@ pub(super) struct Server {
 
 impl Server {
     pub(super) fn new(
-        fs: GridFs,
-        connection: Arc<OwnedFd>,
+        (fs, connection): (GridFs, Arc<OwnedFd>),
         wish: io_mode::IoModeWish,
         opens: Opens,
         counters: Arc<Counters>,
@@ -537,7 +536,15 @@ impl Filesystem for Server {
         PAGE.with_borrow_mut(|page| {
             page.clear();
             let mut bare = 0;
+            let most = if offset == 0 {
+                listing::FIRST_PAGE
+            } else {
+                u32::MAX
+            };
             let listed = self.fs.list(ino(number), offset, |entry| {
+                if bare == most {
+                    return Room::Full;
+                }
                 let attributes = file_attr(&entry.attributes);
                 let name = OsStr::from_bytes(entry.name);
                 // Also of what is answered by hand: fuser knows how much room there is.
