@@ -37,6 +37,7 @@ pub use holders::Holder;
 pub use io_mode::{ChosenIoMode, IoMode, IoModeWish};
 pub use mountinfo::{DeviceNo, MountLine, mounts, mounts_of};
 pub use mounting::{Leaving, attach_on, unmount_beside};
+pub use page::UNHEARD;
 use server::{Opens, Server};
 
 /// Each thread of each session has a buffer of 16 MiB, of which it touches little. Lets the allocator take

@@ -12,6 +12,10 @@ use fuser::RequestId;
 use super::server::FOREVER;
 use crate::fs::{Attributes, IO_SIZE, Kind};
 
+/// Where the log would tell of answers that the kernel did not take. That a request is answered already, or its
+/// caller gone, is no news: of each listing without attributes the kernel takes the first answer of two.
+pub const UNHEARD: &str = "fuser::reply";
+
 /// `fuse_entry_out` and `fuse_dirent`, as they begin each entry.
 const ENTRY: usize = 128;
 const DIRENT: usize = 24;
