@@ -1,11 +1,19 @@
 //! What metadata costs through a real mount, beside the same tree on the native file system:
-//! `cargo bench --bench metadata -- [million|wide|ten-million|register|register-flat]…` (default: the first two).
+//! `cargo bench --bench metadata -- [million|wide|ten-million|register|register-flat]… [options]` (default: the
+//! first two).
 //!
 //! Builds a tree as a registered bucket would give it (one object with an ETag per file; the objects
 //! themselves do not exist, since nothing reads a byte), publishes it in a `file://` catalog of its own,
 //! and mounts it with the real binary. Each figure called "first" is of a mount made just before; natively,
 //! of a directory whose cached inodes and names the kernel was told to drop (root only). The native files
-//! are empty. Ten million are not made natively: that would measure how long they take to make.
+//! are empty. Ten million are made natively only when that is asked for.
+//!
+//! | option | |
+//! | --- | --- |
+//! | `--rows NAME,…` | only these of `first-ls`, `ls`, `ls-l`, `find`, `find-ls`, `find-newer`, `stat`, `memory`, `memory-ls` |
+//! | `--native` | makes the native copy of ten million, too |
+//! | `--native=DIR` | makes it in DIR, or takes what an earlier run made there, and leaves it there |
+//! | `--files N` | so many files instead, as many in each directory as before: to try the benchmark itself |
 //!
 //! `register` and `register-flat` run the real command on a bucket of ten million keys, in 10,000 directories
 //! or in one, and watch its memory; the bucket is in this process, and only lists.
@@ -38,12 +46,69 @@ type Failure = Box<dyn Error>;
 /// Random paths that are asked for.
 const STATS: u64 = 100_000;
 /// How often `find` is repeated to see whether the agent grows.
-const REPEATS: usize = 5;
+const REPEATS: usize = 3;
+const ROWS: [&str; 9] = [
+    "first-ls",
+    "ls",
+    "ls-l",
+    "find",
+    "find-ls",
+    "find-newer",
+    "stat",
+    "memory",
+    "memory-ls",
+];
 
+/// What of a shape is measured, and beside what.
+#[derive(Default)]
+struct Choice {
+    /// Empty: all.
+    rows: Vec<String>,
+    native: bool,
+    native_dir: Option<PathBuf>,
+    files: Option<u64>,
+}
+
+impl Choice {
+    fn has(&self, row: &str) -> bool {
+        self.rows.is_empty() || self.rows.iter().any(|chosen| chosen == row)
+    }
+
+    /// The names of what is to be measured, and how.
+    fn parse(arguments: &[String]) -> Result<(Vec<&str>, Self), Failure> {
+        let (mut names, mut choice) = (Vec::new(), Self::default());
+        let mut arguments = arguments.iter().map(String::as_str);
+        while let Some(argument) = arguments.next() {
+            let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
+            match argument {
+                // What cargo adds.
+                "--bench" => {}
+                "--native" => choice.native = true,
+                "--rows" => choice.rows = value()?.split(',').map(str::to_owned).collect(),
+                "--files" => choice.files = Some(value()?.parse()?),
+                _ => match argument.strip_prefix("--native=") {
+                    Some(dir) => {
+                        choice.native = true;
+                        choice.native_dir = Some(std::path::absolute(dir)?);
+                    }
+                    None if argument.starts_with('-') => return Err(format!("no option {argument}").into()),
+                    None => names.push(argument),
+                },
+            }
+        }
+        match choice.rows.iter().find(|row| !ROWS.contains(&row.as_str())) {
+            Some(row) => Err(format!("no row {row}; there are {}", ROWS.join(", ")).into()),
+            None => Ok((names, choice)),
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
 struct Shape {
     name: &'static str,
     files: u64,
     directories: u64,
+    /// Whether it is made natively without being asked for.
     native: bool,
 }
 
@@ -69,6 +134,22 @@ const SHAPES: [Shape; 3] = [
 ];
 
 impl Shape {
+    /// As large as `files`, in directories as large as before.
+    fn with(self, files: Option<u64>) -> Self {
+        let Some(files) = files.map(|files| files.max(1)) else {
+            return self;
+        };
+        let directories = match self.directories {
+            1 => 1,
+            directories => files.div_ceil(self.files / directories),
+        };
+        Self {
+            files: files.next_multiple_of(directories),
+            directories,
+            ..self
+        }
+    }
+
     fn directory(&self, number: u64) -> String {
         format!("n{number:08}")
     }
@@ -100,11 +181,7 @@ fn main() -> Result<(), Failure> {
         // `cargo test --all-targets` starts benchmarks too, to see that they start.
         return Ok(());
     }
-    let mut names: Vec<&str> = arguments
-        .iter()
-        .map(String::as_str)
-        .filter(|name| !name.starts_with("--"))
-        .collect();
+    let (mut names, choice) = Choice::parse(&arguments)?;
     if names.is_empty() {
         names = vec!["million", "wide"];
     }
@@ -117,12 +194,12 @@ fn main() -> Result<(), Failure> {
             .iter()
             .find(|shape| shape.name == name)
             .ok_or("no such shape")?;
-        measure(shape)?;
+        measure(&shape.with(choice.files), &choice)?;
     }
     Ok(())
 }
 
-fn measure(shape: &Shape) -> Result<(), Failure> {
+fn measure(shape: &Shape, choice: &Choice) -> Result<(), Failure> {
     let world = World::new()?;
     println!(
         "{}: {} files in {} directories",
@@ -137,55 +214,57 @@ fn measure(shape: &Shape) -> Result<(), Failure> {
     publish(built, &world)?;
     fs::remove_dir_all(world.below("scratch"))?;
 
-    world.time_to_first_ls("without the tree in the cache")?;
-    world.unmount()?;
-    world.time_to_first_ls("with the tree in the cache")?;
-    world.unmount()?;
-
-    let native = shape.native.then(|| world.below("native"));
-    if let Some(native) = &native {
-        let start = Instant::now();
-        make_natively(shape, native)?;
-        println!(
-            "  native copy      made in {:.1} s",
-            start.elapsed().as_secs_f64()
-        );
+    if choice.has("first-ls") {
+        world.time_to_first_ls("without the tree in the cache")?;
+        world.unmount()?;
+        world.time_to_first_ls("with the tree in the cache")?;
+        world.unmount()?;
     }
+
+    let native = (shape.native || choice.native)
+        .then(|| choice.native_dir.clone().unwrap_or_else(|| world.below("native")));
+    if let Some(native) = &native {
+        make_natively(shape, native)?;
+    }
+    compare(shape, choice, &world, native.as_deref())?;
+    if choice.has("memory") {
+        world.memory_after(&["find", "."])?;
+    }
+    if choice.has("memory-ls") {
+        world.memory_after(&["find", ".", "-ls"])?;
+    }
+    Ok(())
+}
+
+/// A line for each of the rows that were chosen.
+fn compare(shape: &Shape, choice: &Choice, world: &World, native: Option<&Path>) -> Result<(), Failure> {
     println!(
-        "  {:<22} {:>10} {:>10} {:>10} {:>10} {:>7} {:>7} {:>10}",
-        "", "first", "second", "native 1st", "native 2nd", "1st/1st", "2nd/2nd", "asked 2nd"
+        "  {:<22} {:>10} {:>10} {:>10} {:>10} {:>7} {:>7} {:>10} {:>10}",
+        "", "first", "second", "native 1st", "native 2nd", "1st/1st", "2nd/2nd", "asked 1st", "asked 2nd"
     );
     let directory = shape.directory(0);
     let newer = shape.file(0);
-    let listing: &[(&str, &[&str])] = &[
-        ("ls -U (a directory)", &["ls", "-U", &directory]),
-        ("ls -l (a directory)", &["ls", "-l", &directory]),
-        ("find", &["find", "."]),
-        ("find -ls", &["find", ".", "-ls"]),
-        ("find -newer", &["find", ".", "-newer", &newer]),
+    let listing: &[(&str, &str, &[&str])] = &[
+        ("ls", "ls -U (a directory)", &["ls", "-U", &directory]),
+        ("ls-l", "ls -l (a directory)", &["ls", "-l", &directory]),
+        ("find", "find", &["find", "."]),
+        ("find-ls", "find -ls", &["find", ".", "-ls"]),
+        ("find-newer", "find -newer", &["find", ".", "-newer", &newer]),
     ];
-    for (name, command) in listing {
-        world.compare(name, native.as_deref(), |root| run(command, root))?;
-    }
-    let paths: Vec<String> = (0..STATS).map(|step| shape.some_file(step)).collect();
-    world.compare("stat of 100,000 paths", native.as_deref(), |root| {
-        for path in &paths {
-            fs::symlink_metadata(root.join(path))?;
+    for (row, name, command) in listing {
+        if choice.has(row) {
+            world.compare(name, native, |root| run(command, root))?;
         }
-        Ok(())
-    })?;
-
-    world.mount()?;
-    let mut memory = vec![world.agent_memory()?];
-    for _ in 0..REPEATS {
-        run(&["find", ".", "-ls"], &world.below("mnt"))?;
-        memory.push(world.agent_memory()?);
     }
-    println!(
-        "  agent, beside mapped pages: {} MiB when mounted, then after each `find -ls`: {} MiB",
-        memory[0],
-        list(&memory[1..])
-    );
+    if choice.has("stat") {
+        let paths: Vec<String> = (0..STATS).map(|step| shape.some_file(step)).collect();
+        world.compare("stat of 100,000 paths", native, |root| {
+            for path in &paths {
+                fs::symlink_metadata(root.join(path))?;
+            }
+            Ok(())
+        })?;
+    }
     Ok(())
 }
 
@@ -229,7 +308,7 @@ fn register(flat: bool) -> Result<(), Failure> {
         return Err(format!("{files:?} files were registered").into());
     }
     println!(
-        "register, {} keys {}: {took:.1} s, {} pages asked for, peak memory {peak:.1} MiB (VmHWM), {resident:.1} MiB \
+        "register, {} keys {}: {took:.1} s, {} pages of {} ranges asked for, peak memory {peak:.1} MiB (VmHWM), {resident:.1} MiB \
          beside mapped pages",
         shape.files,
         if flat {
@@ -238,15 +317,12 @@ fn register(flat: bool) -> Result<(), Failure> {
             "in 10,000 directories"
         },
         bucket.pages_asked(),
+        bucket.ranges_begun(),
     );
     Ok(())
 }
 
 const MIB: f64 = (1 << 20) as f64;
-
-fn list(figures: &[String]) -> String {
-    figures.join(", ")
-}
 
 fn build(shape: &Shape, dir: &Path) -> Result<BuiltTree, Failure> {
     let mut builder = TreeBuilder::new(dir, DEFAULT_MEMORY_LIMIT)?;
@@ -315,7 +391,18 @@ fn publish(built: BuiltTree, world: &World) -> Result<(), Failure> {
 }
 
 fn make_natively(shape: &Shape, root: &Path) -> Result<(), Failure> {
-    fs::create_dir(root)?;
+    // Written last, and beside it, so that a copy that was not finished is not taken for one.
+    let made = root.with_extension("made");
+    let of = format!("{} files in {} directories", shape.files, shape.directories);
+    if fs::read_to_string(&made).is_ok_and(|there| there == of) {
+        println!("  native copy      of an earlier run");
+        return Ok(());
+    }
+    let start = Instant::now();
+    fs::create_dir_all(root)?;
+    if fs::read_dir(root)?.next().is_some() {
+        return Err(format!("{} is not empty", root.display()).into());
+    }
     for directory in 0..shape.directories {
         fs::create_dir(root.join(shape.directory(directory)))?;
     }
@@ -326,6 +413,11 @@ fn make_natively(shape: &Shape, root: &Path) -> Result<(), Failure> {
     if !Command::new("sync").arg("-f").arg(root).status()?.success() {
         return Err("sync failed".into());
     }
+    fs::write(made, of)?;
+    println!(
+        "  native copy      made in {:.1} s",
+        start.elapsed().as_secs_f64()
+    );
     Ok(())
 }
 
@@ -463,6 +555,24 @@ impl World {
         Ok(format!("{:.1}", process_memory(pid, "RssAnon:")?))
     }
 
+    /// Whether the agent grows with what is asked of it.
+    fn memory_after(&self, command: &[&str]) -> Result<(), Failure> {
+        self.mount()?;
+        let when_mounted = self.agent_memory()?;
+        let mut after = Vec::new();
+        for _ in 0..REPEATS {
+            run(command, &self.below("mnt"))?;
+            after.push(self.agent_memory()?);
+        }
+        self.unmount()?;
+        println!(
+            "  agent, beside mapped pages (RssAnon): {when_mounted} MiB when mounted, then after each `{}`: {} MiB",
+            command.join(" "),
+            after.join(", ")
+        );
+        Ok(())
+    }
+
     /// One line: on a new mount, again, and natively.
     fn compare(
         &self,
@@ -473,9 +583,9 @@ impl World {
         let mount = self.below("mnt");
         self.mount()?;
         let first = timed(|| work(&mount))?;
-        let before = self.asked()?;
+        let asked_first = self.asked()?;
         let second = timed(|| work(&mount))?;
-        let asked = self.asked()? - before;
+        let asked_second = self.asked()? - asked_first;
         self.unmount()?;
         let mut line = format!(
             "  {name:<22} {:>10} {:>10}",
@@ -502,7 +612,7 @@ impl World {
                 ));
             }
         }
-        println!("{line} {asked:>10}");
+        println!("{line} {asked_first:>10} {asked_second:>10}");
         Ok(())
     }
 }

@@ -47,6 +47,7 @@ use self::{
     snapshot::SnapshotError,
     table::{Slot, Table, UnderWay},
 };
+pub use crate::fuse::UNHEARD;
 use crate::{
     cache::Cache,
     fetch::{FetchError, Fetcher},

@@ -28,6 +28,7 @@ mod mountinfo;
 mod mounting;
 mod open_inodes;
 mod open_table;
+mod page;
 mod resume;
 mod server;
 
@@ -36,6 +37,7 @@ pub use holders::Holder;
 pub use io_mode::{ChosenIoMode, IoMode, IoModeWish};
 pub use mountinfo::{DeviceNo, MountLine, mounts, mounts_of};
 pub use mounting::{Leaving, attach_on, unmount_beside};
+pub use page::UNHEARD;
 use server::{Opens, Server};
 
 /// Each thread of each session has a buffer of 16 MiB, of which it touches little. Lets the allocator take
@@ -217,7 +219,7 @@ pub struct Mounted {
     options: MountOptions,
     way: Way,
     device: DeviceNo,
-    descriptor: OwnedFd,
+    descriptor: Arc<OwnedFd>,
     handshake: Handshake,
     counters: Arc<Counters>,
     ended: watch::Receiver<Option<Ended>>,
@@ -321,7 +323,15 @@ pub fn resume(
     };
     let rehearsal = resume::rehearse(&handshake).map_err(failed)?;
     let resume::Rehearsal { session, kernel } = rehearsal;
-    let ready = shake_hands(fs, &options, session, runtime, Some(handshake))?;
+    let connection = Arc::new(connection);
+    let ready = shake_hands(
+        fs,
+        &options,
+        session,
+        connection.clone(),
+        runtime,
+        Some(handshake),
+    )?;
     drop(kernel);
     resume::take_over(ready.session.as_fd(), connection.as_fd()).map_err(failed)?;
     if let Err(error) = resume::resend(connection.as_fd()) {
@@ -341,6 +351,7 @@ fn shake_hands(
     fs: GridFs,
     options: &MountOptions,
     session: OwnedFd,
+    connection: Arc<OwnedFd>,
     runtime: &Handle,
     resumed: Option<Handshake>,
 ) -> Result<Ready, MountError> {
@@ -354,7 +365,7 @@ fn shake_hands(
         })?,
     };
     let server = Server::new(
-        fs,
+        (fs, connection),
         options.io_mode,
         opens,
         counters.clone(),
@@ -384,7 +395,7 @@ fn serve(
     options: MountOptions,
     way: Way,
     device: DeviceNo,
-    descriptor: OwnedFd,
+    descriptor: Arc<OwnedFd>,
     ready: Ready,
 ) -> Result<Mounted, MountError> {
     let Ready {
@@ -423,8 +434,8 @@ fn begin(
     session: OwnedFd,
     runtime: &Handle,
 ) -> Result<Mounted, MountError> {
-    let descriptor = session.try_clone().map_err(MountError::Handshake)?;
-    let ready = shake_hands(fs, &options, session, runtime, None)?;
+    let descriptor = Arc::new(session.try_clone().map_err(MountError::Handshake)?);
+    let ready = shake_hands(fs, &options, session, descriptor.clone(), runtime, None)?;
     serve(options, way, DeviceNo::default(), descriptor, ready)
 }
 

@@ -8,7 +8,7 @@ mod support;
 
 use std::{
     fs,
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{DirEntryExt, MetadataExt},
     path::{Path, PathBuf},
     process::{Command, Output},
 };
@@ -135,6 +135,70 @@ fn a_first_find_asks_per_page_and_a_second_not_at_all() {
     let before = mount.asked_but_statfs();
     assert_eq!(run("find", &[".", "-ls"], &mount.point()), listed);
     assert_eq!(mount.asked_but_statfs(), before);
+}
+
+/// Names alone cost no inode; attributes come along once somebody goes through a directory and asks for them.
+#[test]
+fn a_listing_brings_attributes_once_they_are_wanted() {
+    let Some(mount) = Mount::new(IoModeWish::NoOpen) else {
+        return;
+    };
+    run("find", &["."], &mount.point());
+    // Directories brought theirs along, or each would have been looked up to be opened.
+    assert!(
+        mount.asked(Operation::Lookup) <= 2,
+        "{}",
+        mount.asked(Operation::Lookup)
+    );
+    for path in ["d00/f000", "d07/f150", "d19/f299"] {
+        let before = mount.asked(Operation::Lookup);
+        fs::metadata(mount.point().join(path)).unwrap();
+        assert_eq!(
+            mount.asked(Operation::Lookup),
+            before + 1,
+            "{path} came with attributes"
+        );
+    }
+
+    let Some(mount) = Mount::new(IoModeWish::NoOpen) else {
+        return;
+    };
+    run("ls", &["-l", "d00"], &mount.point());
+    // Those of the first, short page, and what names the directory.
+    let asked = mount.asked(Operation::Lookup);
+    assert!((16..=40).contains(&asked), "{asked}");
+
+    let Some(mount) = Mount::new(IoModeWish::NoOpen) else {
+        return;
+    };
+    run("find", &[".", "-ls"], &mount.point());
+    // The files of the first directory, and `large`; nothing of the nineteen others.
+    let asked = mount.asked(Operation::Lookup);
+    assert!((1..=FILES + 2).contains(&asked), "{asked}");
+}
+
+#[test]
+fn an_entry_without_attributes_has_its_number_and_its_type() {
+    let Some(mount) = Mount::new(IoModeWish::NoOpen) else {
+        return;
+    };
+    for dir in ["", "d00", "d00/sub"] {
+        let dir = mount.point().join(dir);
+        let listed: Vec<fs::DirEntry> = fs::read_dir(&dir).unwrap().map(Result::unwrap).collect();
+        let said: Vec<_> = listed
+            .iter()
+            .map(|entry| (entry.ino(), entry.file_type().unwrap()))
+            .collect();
+        for (entry, (ino, kind)) in listed.iter().zip(said) {
+            let found = entry.metadata().unwrap();
+            assert_eq!(
+                (found.ino(), found.file_type()),
+                (ino, kind),
+                "{:?}",
+                entry.path()
+            );
+        }
+    }
 }
 
 #[test]
@@ -295,6 +359,8 @@ fn a_tree_that_cannot_be_read_any_more_costs_an_agent_and_no_answer() {
     assert_ne!(sandbox.agent_pid().unwrap(), agent, "nothing failed");
     let log = fs::read_to_string(sandbox.path("run/grid-mount/agent.log")).unwrap();
     assert!(log.contains("is removed to be fetched anew"), "{log}");
+    // Of what fuser answers after us, as the kernel wants it only once, nobody is told.
+    assert!(!log.contains("FUSE reply"), "{log}");
 }
 
 fn c_string(text: impl AsRef<std::ffi::OsStr>) -> std::ffi::CString {

@@ -20,6 +20,7 @@ struct State {
     count: u64,
     key: Keys,
     asked: AtomicU64,
+    begun: AtomicU64,
 }
 
 /// Serves for as long as the process lives.
@@ -36,6 +37,7 @@ impl Bucket {
             count,
             key,
             asked: AtomicU64::new(0),
+            begun: AtomicU64::new(0),
         });
         let served = Arc::clone(&state);
         thread::spawn(move || {
@@ -54,6 +56,11 @@ impl Bucket {
 
     pub fn pages_asked(&self) -> u64 {
         self.state.asked.load(Ordering::Relaxed)
+    }
+
+    /// Listings begun: one for each range of keys.
+    pub fn ranges_begun(&self) -> u64 {
+        self.state.begun.load(Ordering::Relaxed)
     }
 }
 
@@ -91,6 +98,7 @@ fn page(state: &State, query: &str) -> String {
     };
     let token = value("continuation-token").and_then(|token| token.parse().ok());
     let first = token.unwrap_or_else(|| {
+        state.begun.fetch_add(1, Ordering::Relaxed);
         let after = value("start-after").unwrap_or_default().replace("%2F", "/");
         first_after(state, &after)
     });

@@ -19,7 +19,10 @@ use tracing_subscriber::{
 };
 
 use super::output;
-use crate::config::{LogFormat, LogLevel};
+use crate::{
+    agent::UNHEARD,
+    config::{LogFormat, LogLevel},
+};
 
 /// Changes what is logged.
 pub type SetLevel = Box<dyn Fn(LogLevel) + Send + Sync>;
@@ -40,9 +43,10 @@ fn start_with(
     level: LogLevel,
     spans: Option<impl Layer<Registry> + Send + Sync>,
 ) -> SetLevel {
-    let named = EnvFilter::try_from_env("GRID_MOUNT_LOG").ok();
+    let named = std::env::var("GRID_MOUNT_LOG").ok();
+    let named = named.and_then(|named| EnvFilter::try_new(format!("{named},{UNHEARD}=off")).ok());
     let is_named = named.is_some();
-    let of = |level: LogLevel| EnvFilter::new(level.to_string());
+    let of = |level: LogLevel| EnvFilter::new(format!("{level},{UNHEARD}=off"));
     let (filter, handle) = reload::Layer::new(named.unwrap_or_else(|| of(level)));
     let journal = std::env::var("JOURNAL_STREAM").is_ok_and(|stream| is_stderr(&stream));
     let coloured = !journal && output::stderr_is_terminal() && std::env::var_os("NO_COLOR").is_none();

@@ -10,7 +10,7 @@ use std::{
     collections::HashMap,
     ffi::OsStr,
     io,
-    os::unix::ffi::OsStrExt,
+    os::{fd::OwnedFd, unix::ffi::OsStrExt},
     path::Path,
     sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -32,9 +32,10 @@ use super::{
     counters::{Counters, Operation, SlowRead},
     errno::{errno, is_failure},
     io_mode::{self, Abilities, IoMode},
-    listing,
+    listing::{self, Listings},
     open_inodes::{BackingNo, OpenInodes, Released, Way},
     open_table::OpenTable,
+    page::Page,
 };
 use crate::{
     fs::{Attributes, FsError, GridFs, IO_SIZE, Kind, NAME_MAX, Room, STATFS_UNIT},
@@ -43,7 +44,7 @@ use crate::{
 
 /// How long the kernel may keep an answer. A version never changes; ten years outlive any mount, and
 /// stay clear of the overflow that a conversion to jiffies has.
-const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+pub(super) const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// Inode numbers are never used for anything else.
 const GENERATION: Generation = Generation(0);
 /// Open files carry no state of their own, so that any agent can serve any of them.
@@ -57,6 +58,7 @@ const MAX_STACK_DEPTH: u32 = 1;
 
 /// Everything asked of the kernel where it is offered.
 const WANTED: [InitFlags; 7] = [
+    // Without the automatic kind: each answer has the attributes that are wanted (see `Listings`).
     InitFlags::FUSE_DO_READDIRPLUS,
     InitFlags::FUSE_PARALLEL_DIROPS,
     InitFlags::FUSE_CACHE_SYMLINKS,
@@ -70,6 +72,8 @@ const WANTED: [InitFlags; 7] = [
 thread_local! {
     /// One buffer per request thread for answers from the cache.
     static ANSWER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    /// And one for listings.
+    static PAGE: RefCell<Page> = RefCell::default();
 }
 
 /// What is open in passthrough mode.
@@ -96,6 +100,9 @@ impl Opens {
 
 pub(super) struct Server {
     fs: Arc<GridFs>,
+    /// The one that fuser reads from.
+    connection: Arc<OwnedFd>,
+    listings: Listings,
     counters: Arc<Counters>,
     runtime: Handle,
     wish: io_mode::IoModeWish,
@@ -108,7 +115,7 @@ pub(super) struct Server {
 
 impl Server {
     pub(super) fn new(
-        fs: GridFs,
+        (fs, connection): (GridFs, Arc<OwnedFd>),
         wish: io_mode::IoModeWish,
         opens: Opens,
         counters: Arc<Counters>,
@@ -118,6 +125,8 @@ impl Server {
     ) -> Self {
         Self {
             fs: Arc::new(fs),
+            connection,
+            listings: Listings::default(),
             counters,
             runtime,
             wish,
@@ -311,12 +320,6 @@ impl Filesystem for Server {
                 config.add_capabilities(flag).ok();
             }
         }
-        let entries = self.fs.statistics().entries;
-        if !listing::always_with_attributes(entries, listing::memory())
-            && offered.contains(InitFlags::FUSE_READDIRPLUS_AUTO)
-        {
-            config.add_capabilities(InitFlags::FUSE_READDIRPLUS_AUTO).ok();
-        }
         let chosen = match &self.resumed {
             // The kernel has been told already.
             Some(before) => before.io_mode.clone(),
@@ -367,7 +370,12 @@ impl Filesystem for Server {
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let _timed = self.counters.time(Operation::Lookup);
         match self.fs.lookup(ino(parent), name.as_bytes()) {
-            Ok(Some(found)) => reply.entry(&FOREVER, &file_attr(&found), GENERATION),
+            Ok(Some(found)) => {
+                if found.kind != Kind::Directory {
+                    self.listings.asked(ino(parent), found.ino);
+                }
+                reply.entry(&FOREVER, &file_attr(&found), GENERATION);
+            }
             Ok(None) => reply.entry(&FOREVER, &absent(), GENERATION),
             Err(error) => reply.error(self.refusal(Operation::Lookup, &error)),
         }
@@ -517,32 +525,66 @@ impl Filesystem for Server {
 
     fn readdirplus(
         &self,
-        _: &Request,
+        request: &Request,
         number: INodeNo,
         _: FileHandle,
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
         let _timed = self.counters.time(Operation::ReadDirPlus);
-        let listed = self.fs.list(ino(number), offset, |entry| {
-            let attributes = file_attr(&entry.attributes);
-            let name = OsStr::from_bytes(entry.name);
-            match reply.add(
-                attributes.ino,
-                entry.next,
-                name,
-                &FOREVER,
-                &attributes,
-                GENERATION,
-            ) {
-                true => Room::Full,
-                false => Room::Left,
+        let with_attributes = self.listings.with_attributes(Instant::now());
+        PAGE.with_borrow_mut(|page| {
+            page.clear();
+            let mut bare = 0;
+            let most = if offset == 0 {
+                listing::FIRST_PAGE
+            } else {
+                u32::MAX
+            };
+            let listed = self.fs.list(ino(number), offset, |entry| {
+                if bare == most {
+                    return Room::Full;
+                }
+                let attributes = file_attr(&entry.attributes);
+                let name = OsStr::from_bytes(entry.name);
+                // Also of what is answered by hand: fuser knows how much room there is.
+                let is_full = reply.add(
+                    attributes.ino,
+                    entry.next,
+                    name,
+                    &FOREVER,
+                    &attributes,
+                    GENERATION,
+                );
+                match is_full {
+                    true => return Room::Full,
+                    false if with_attributes => {}
+                    false if entry.attributes.kind == Kind::Directory => {
+                        page.add_with_attributes(entry.name, entry.next, &entry.attributes);
+                    }
+                    false => {
+                        page.add_bare(entry.name, entry.next, &entry.attributes);
+                        bare += 1;
+                    }
+                }
+                Room::Left
+            });
+            match listed {
+                Err(error) => reply.error(self.refusal(Operation::ReadDirPlus, &error)),
+                // Nothing is left out.
+                Ok(()) if bare == 0 => reply.ok(),
+                Ok(()) => {
+                    // Before the answer: whoever has that may be asking already.
+                    self.listings.listed_without(ino(number), offset == 0, bare);
+                    match page.answer(request.unique(), &self.connection) {
+                        // Comes too late, as it should: see `Page`.
+                        Ok(()) => reply.error(Errno::EIO),
+                        // The same with all attributes.
+                        Err(_) => reply.ok(),
+                    }
+                }
             }
         });
-        match listed {
-            Ok(()) => reply.ok(),
-            Err(error) => reply.error(self.refusal(Operation::ReadDirPlus, &error)),
-        }
     }
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
