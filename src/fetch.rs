@@ -233,7 +233,7 @@ impl Fetcher {
         for block in blocks.clone() {
             let bytes = self.recent.get(object.id, block)?;
             buf.extend_from_slice(part_of(&bytes, block, &range)?);
-            self.served_if_read(object, block, &range);
+            self.note_if_read(object, block, &range);
         }
         self.count_hit(object, &range, &blocks);
         Some(())
@@ -283,7 +283,7 @@ impl Fetcher {
                 None => self.read_cached_block(object, block).await?,
             };
             let part = part_range(bytes.len(), block, &range).ok_or(FetchError::Stopped)?;
-            self.served_if_read(object, block, &range);
+            self.note_if_read(object, block, &range);
             if blocks.end - blocks.start == 1 {
                 return Ok(bytes.slice(part));
             }
@@ -555,9 +555,9 @@ impl Fetcher {
     }
 
     /// A block that is read to its end is not waited for by this reader any more.
-    fn served_if_read(&self, object: &FetchObject, block: u64, range: &Range<u64>) {
+    fn note_if_read(&self, object: &FetchObject, block: u64, range: &Range<u64>) {
         if range.end >= BlockNo(block).byte_range(object.source.size).end {
-            self.recent.served(object.id, block);
+            self.recent.read(object.id, block);
         }
     }
 

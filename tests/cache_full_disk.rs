@@ -104,3 +104,104 @@ fn a_disk_that_fills_up_costs_hits_but_never_truth_and_is_used_again() {
         right(block);
     }
 }
+
+fn allocated(disk: &SmallDisk) -> u64 {
+    use std::os::unix::fs::MetadataExt as _;
+    walkdir::WalkDir::new(disk.path().join("cache/objects"))
+        .into_iter()
+        .filter_map(|entry| entry.ok()?.metadata().ok())
+        .filter(|metadata| metadata.is_file())
+        .map(|metadata| metadata.blocks() * 512)
+        .sum()
+}
+
+#[test]
+fn the_cache_gives_way_to_another_program_that_fills_the_disk() {
+    const MIN_FREE: u64 = 4 << 20;
+    let disk = match SmallDisk::mounted() {
+        Ok(disk) => disk,
+        Err(error) => return sandbox::skip("a full disk", &format!("no tmpfs can be mounted: {error}")),
+    };
+    let cache = Cache::open(CacheConfig {
+        dir: disk.path().join("cache"),
+        max_bytes: 64 << 20,
+        min_free: MIN_FREE,
+        verify: VerifyPolicy::EarlierBoot,
+    })
+    .unwrap();
+    let objects: Vec<_> = (0..14)
+        .map(|n| {
+            let id = ObjectId::derive("team", "s3://b", &n.to_string(), "etag", 1 << 20, None);
+            cache.object(id, 1 << 20)
+        })
+        .collect();
+    let blocks: Vec<_> = (0..8).map(truth).collect();
+    let run: Vec<&[u8]> = blocks.iter().map(Vec::as_slice).collect();
+    for object in &objects {
+        object.fill_run(BlockNo(0), &run, Purpose::Reader).unwrap();
+    }
+    let before = allocated(&disk);
+    assert!(before >= 14 << 20);
+    // Of the 24 MiB, 10 are left: the other takes 9 of them, and nobody fills the cache any more.
+    fs::write(disk.path().join("other"), vec![1; 9 << 20]).unwrap();
+    let free = || {
+        let stat = nix::sys::statvfs::statvfs(disk.path()).unwrap();
+        stat.blocks_available() * stat.fragment_size()
+    };
+    let until = Instant::now() + Duration::from_secs(60);
+    while free() < MIN_FREE {
+        assert!(
+            Instant::now() < until,
+            "the cache keeps the disk full: {} left",
+            free()
+        );
+        std::thread::yield_now();
+    }
+    // Not more than it must.
+    assert!(
+        allocated(&disk) >= 8 << 20,
+        "{} of {before} kept",
+        allocated(&disk)
+    );
+    for object in &objects {
+        let mut bytes = vec![0; 1 << 20];
+        assert!(!object.read(0, &mut bytes, Purpose::Reader).unwrap() || bytes == blocks.concat());
+    }
+}
+
+/// What a run had written when the disk was full is counted, and goes when room is made.
+#[test]
+fn a_run_that_the_disk_cuts_short_is_not_there_and_not_forgotten() {
+    let disk = match SmallDisk::mounted() {
+        Ok(disk) => disk,
+        Err(error) => return sandbox::skip("a full disk", &format!("no tmpfs can be mounted: {error}")),
+    };
+    let cache = Cache::open(CacheConfig {
+        dir: disk.path().join("cache"),
+        max_bytes: 64 << 20,
+        min_free: 0,
+        verify: VerifyPolicy::EarlierBoot,
+    })
+    .unwrap();
+    let size = 1000 * BLOCK_SIZE;
+    let id = ObjectId::derive("team", "s3://b", "key", "etag", size, None);
+    let object = cache.object(id, size);
+    let fill = |first: u64| {
+        let blocks: Vec<_> = (first..first + 16).map(truth).collect();
+        let run: Vec<&[u8]> = blocks.iter().map(Vec::as_slice).collect();
+        object.fill_run(BlockNo(first), &run, Purpose::Reader)
+    };
+    // The cache looks how much there is now and then: so that it does not see the other coming.
+    fill(0).unwrap();
+    let free = {
+        let stat = nix::sys::statvfs::statvfs(disk.path()).unwrap();
+        stat.blocks_available() * stat.fragment_size()
+    };
+    fs::write(disk.path().join("other"), vec![1; free as usize - (1 << 20)]).unwrap();
+    fill(64).unwrap_err();
+    assert_eq!(object.missing(0..128), (16..128).map(BlockNo).collect::<Vec<_>>());
+    let torn = allocated(&disk) - 16 * BLOCK_SIZE;
+    assert!(torn >= 1 << 19, "nothing was written: {torn}");
+    assert!(cache.stats().allocated_bytes >= allocated(&disk));
+    assert_eq!(cache.stats().units, 2);
+}

@@ -6,7 +6,7 @@
 use std::{
     ffi::CStr,
     fs::{self, File},
-    io,
+    io::{self, IoSlice},
     ops::Range,
     os::{
         fd::AsRawFd,
@@ -15,7 +15,11 @@ use std::{
     path::Path,
 };
 
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::{
+    errno::Errno,
+    fcntl::{FallocateFlags, fallocate},
+    sys::uio::pwritev,
+};
 
 /// What the file system under the cache directory can do; tried once at start.
 #[derive(Clone, Copy, Debug)]
@@ -82,6 +86,34 @@ pub fn write_at(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
     #[cfg(test)]
     undo::before_write(file, offset..offset + bytes.len() as u64);
     file.write_all_at(bytes, offset)
+}
+
+/// Writes `parts` one after the other, in one call unless the file system takes less.
+pub fn write_parts_at(file: &File, parts: &[&[u8]], offset: u64) -> io::Result<()> {
+    if let [whole] = parts {
+        return write_at(file, whole, offset);
+    }
+    let len = parts.iter().map(|part| part.len() as u64).sum::<u64>();
+    #[cfg(test)]
+    undo::before_write(file, offset..offset + len);
+    let slices: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
+    let mut taken = loop {
+        match pwritev(file, &slices, offset as libc::off_t) {
+            Err(Errno::EINTR) => {}
+            taken => break taken?,
+        }
+    };
+    if taken as u64 == len {
+        return Ok(());
+    }
+    let mut at = offset;
+    for part in parts {
+        let have = taken.min(part.len());
+        taken -= have;
+        file.write_all_at(&part[have..], at + have as u64)?;
+        at += part.len() as u64;
+    }
+    Ok(())
 }
 
 pub fn punch(file: &File, range: Range<u64>) -> io::Result<()> {
@@ -233,13 +265,26 @@ pub fn probe(dir: &Path) -> io::Result<Abilities> {
 #[cfg(test)]
 pub mod undo {
     //! Power loss: remembers what each change in one directory replaced, until a sync covers it.
-    use std::{path::PathBuf, sync::Mutex};
+    use std::{
+        path::PathBuf,
+        sync::{Arc, Mutex},
+    };
 
     use super::*;
 
+    const PAGE: u64 = 4096;
+
     pub enum Change {
-        Write { file: File, offset: u64, old: Vec<u8> },
-        Attribute { file: File, old: Option<Vec<u8>> },
+        /// One page, or part of one: what a disk is given at a time.
+        Write {
+            file: Arc<File>,
+            offset: u64,
+            old: Vec<u8>,
+        },
+        Attribute {
+            file: File,
+            old: Option<Vec<u8>>,
+        },
     }
 
     /// `None`: nothing is recorded.
@@ -287,11 +332,20 @@ pub mod undo {
                 }
             }
             old.truncate(have);
-            changes.push(Change::Write {
-                file: file.try_clone().unwrap(),
-                offset: range.start,
-                old,
-            });
+            let file = Arc::new(file.try_clone().unwrap());
+            let mut rest = &old[..];
+            let mut offset = range.start;
+            while !rest.is_empty() {
+                let in_page = (PAGE - offset % PAGE).min(rest.len() as u64);
+                let (page, after) = rest.split_at(in_page as usize);
+                changes.push(Change::Write {
+                    file: Arc::clone(&file),
+                    offset,
+                    old: page.to_vec(),
+                });
+                rest = after;
+                offset += in_page;
+            }
         }
     }
 
@@ -309,7 +363,10 @@ pub mod undo {
         if let Some((_, changes)) = journal().as_mut() {
             let inode = file.metadata().unwrap().ino();
             changes.retain(|change| {
-                let (Change::Write { file, .. } | Change::Attribute { file, .. }) = change;
+                let file: &File = match change {
+                    Change::Write { file, .. } => file,
+                    Change::Attribute { file, .. } => file,
+                };
                 file.metadata().unwrap().ino() != inode
             });
         }

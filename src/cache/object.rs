@@ -2,24 +2,27 @@
 //!
 //! Owns the files' life and what is done with them; who may touch an extent at a time is [`super::extent`]'s.
 
+mod evict;
+mod files;
+mod fill;
+
 use std::{
     fs::File,
     io,
     ops::Range,
     os::unix::fs::{FileExt, MetadataExt},
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
 };
 
 use parking_lot::{Mutex, RwLock};
 
+pub(super) use self::evict::Evicted;
+use self::files::Files;
 use super::{
     CacheError, ObjectId, Purpose, Shared, VerifyPolicy,
     checksum::crc32c,
     disk,
-    extent::{Extent, Seal},
+    extent::Extent,
     policy::Unit,
     sidecar::{self, Sidecar},
     slot::{ABSENT, HEADER_LEN, Header, Slot},
@@ -30,58 +33,6 @@ use crate::block::{
 
 /// Nothing larger is cached: it bounds what a record that lies about a size can make us allocate.
 pub const LARGEST: u64 = 64 << 40;
-
-/// Extents come to memory in chunks, when first touched.
-const CHUNK: usize = 64;
-
-/// The open files of an object. Dropped when the last user of an unlinked object is done.
-pub(super) struct Files {
-    id: ObjectId,
-    data: File,
-    sidecar: Sidecar,
-    inode: u64,
-    sealed: Seal,
-    extents: Box<[OnceLock<Box<[Extent; CHUNK]>>]>,
-    loading: Mutex<()>,
-    /// Bytes on the disk as last counted into the cache's total; see `Files::count`.
-    allocated: Mutex<u64>,
-    unlinked: AtomicBool,
-    shared: Arc<Shared>,
-}
-
-impl Drop for Files {
-    fn drop(&mut self) {
-        if *self.unlinked.get_mut() {
-            let bytes = *self.allocated.get_mut();
-            if !self.shared.handed.owe(&self.id, self.inode, bytes) {
-                self.shared.space.give_back(bytes);
-            }
-        }
-    }
-}
-
-impl Files {
-    fn extent(&self, number: ExtentNo) -> &Extent {
-        let at = number.0 as usize;
-        let chunk =
-            self.extents[at / CHUNK].get_or_init(|| Box::new(std::array::from_fn(|_| Extent::default())));
-        &chunk[at % CHUNK]
-    }
-
-    /// Brings the cache's total up to what the file system says of this object.
-    fn count(&self) {
-        let mut counted = self.allocated.lock();
-        let sidecar = match &self.sidecar {
-            Sidecar::File(file) => disk::allocated(file),
-            Sidecar::Attribute(_) => Ok(0),
-        };
-        // An error leaves the last count, which is the best there is.
-        if let (Ok(data), Ok(sidecar)) = (disk::allocated(&self.data), sidecar) {
-            self.shared.space.recount(*counted, data + sidecar);
-            *counted = data + sidecar;
-        }
-    }
-}
 
 #[derive(Clone)]
 enum State {
@@ -100,14 +51,6 @@ pub struct CachedObject {
     /// Never taken by a read of an open object.
     lifecycle: Mutex<()>,
     shared: Arc<Shared>,
-}
-
-/// The outcome of an attempt to evict.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Evicted {
-    Gone,
-    /// Somebody reads or fills it.
-    Busy,
 }
 
 impl Drop for CachedObject {
@@ -251,67 +194,6 @@ impl CachedObject {
             Some(_pin) if self.load(files, extent, number) => extent.present(),
             _ => 0,
         }
-    }
-
-    /// Stores one whole block. Never blocks on eviction of other blocks longer than it must; errors mean
-    /// "not cached" and are for counting, never for failing a read.
-    pub fn fill(&self, block: BlockNo, bytes: &[u8], purpose: Purpose) -> Result<(), CacheError> {
-        let range = block.byte_range(self.size);
-        if range.is_empty() || range.end - range.start != bytes.len() as u64 {
-            return Err(CacheError::WrongLength {
-                block,
-                len: bytes.len(),
-            });
-        }
-        if self.size > LARGEST {
-            return Err(CacheError::TooLarge { size: self.size });
-        }
-        let outcome = self.fill_block(block, range, bytes, purpose);
-        self.shared.filled(&outcome);
-        outcome
-    }
-
-    fn fill_block(
-        &self,
-        block: BlockNo,
-        range: Range<u64>,
-        bytes: &[u8],
-        purpose: Purpose,
-    ) -> Result<(), CacheError> {
-        let number = block.extent();
-        self.shared.admit(bytes.len() as u64)?;
-        let files = self.files_or_create()?;
-        let extent = files.extent(number);
-        let Some(_pin) = extent.pin() else {
-            return Err(CacheError::Busy);
-        };
-        if !self.load(&files, extent, number) {
-            return Err(CacheError::Busy);
-        }
-        if extent.present() & bit(block) != 0 || files.sealed.is_set() {
-            return Ok(());
-        }
-        let sum = crc32c(bytes);
-        let context = |error| CacheError::io("writing a block", error);
-        {
-            let writing = self.shared.epochs.write();
-            disk::write_at(&files.data, bytes, range.start).map_err(context)?;
-            let slot = Slot {
-                sum,
-                epoch: writing.epoch,
-            };
-            files
-                .sidecar
-                .set_slot(&files.data, block, slot.encode(&self.id, block))
-                .map_err(context)?;
-        }
-        let before = extent.publish(bit(block));
-        files.count();
-        if before == 0 {
-            self.shared
-                .arrived(Unit::extent(self.id, number), self.extent_bytes(number), purpose);
-        }
-        Ok(())
     }
 
     fn extent_bytes(&self, number: ExtentNo) -> u64 {
@@ -513,7 +395,7 @@ impl CachedObject {
                     files.count();
                 } else {
                     // The scan has counted it already, as it was then.
-                    *files.allocated.lock() = self.shared.counted(&files.data, &files.sidecar)?;
+                    files.is_counted(self.shared.counted(&files.data, &files.sidecar)?);
                 }
                 Ok(Some(files))
             }
@@ -560,19 +442,14 @@ impl CachedObject {
     }
 
     fn wrap(&self, data: File, sidecar: Sidecar, header: Header) -> Arc<Files> {
-        let chunks = (self.size.div_ceil(EXTENT_SIZE) as usize).div_ceil(CHUNK);
-        Arc::new(Files {
-            id: self.id,
+        Arc::new(Files::new(
+            self.id,
+            self.size,
             data,
             sidecar,
-            inode: header.inode,
-            sealed: Seal::new(header.sealed),
-            extents: (0..chunks).map(|_| OnceLock::new()).collect(),
-            loading: Mutex::new(()),
-            allocated: Mutex::new(0),
-            unlinked: AtomicBool::new(false),
-            shared: self.shared.clone(),
-        })
+            header,
+            &self.shared,
+        ))
     }
 
     /// Complete and verified? Then from here on never modified again, in this run or a later one, and
@@ -653,115 +530,6 @@ impl CachedObject {
 
     pub fn sealed(&self) -> bool {
         self.files().is_some_and(|files| files.sealed.is_set())
-    }
-
-    /// Gives one extent back to the file system.
-    pub(super) fn evict_extent(&self, number: ExtentNo) -> io::Result<Evicted> {
-        let Some(files) = self.files() else {
-            return Ok(Evicted::Gone);
-        };
-        if self.size <= EXTENT_SIZE || files.sealed.is_set() || !self.shared.abilities.punch {
-            drop(files);
-            return self.evict_whole();
-        }
-        if number.0 >= self.size.div_ceil(EXTENT_SIZE) {
-            return Ok(Evicted::Gone);
-        }
-        let extent = files.extent(number);
-        if !extent.pin().is_some_and(|_pin| self.load(&files, extent, number)) {
-            return Ok(Evicted::Busy);
-        }
-        let Some(taken) = extent.take(&files.sealed) else {
-            return Ok(Evicted::Busy);
-        };
-        let outcome = (|| {
-            let words = files.sidecar.slots(number, self.size)?;
-            taken.clear();
-            files.sidecar.clear(&files.data, number, self.size)?;
-            // A power cut must not keep the hole and lose the cleared slots, or zeros would pass for
-            // data. Blocks that would be checked after a power cut anyway need no sync.
-            let durable = words.iter().enumerate().any(|(index, word)| {
-                let block = BlockNo(number.0 * BLOCKS_PER_EXTENT + index as u64);
-                Slot::decode(&self.id, block, *word)
-                    .is_some_and(|slot| !self.shared.epochs.unsettled(slot.epoch))
-            });
-            if durable {
-                files.sidecar.sync(&files.data)?;
-            }
-            disk::punch(&files.data, number.byte_range(self.size))?;
-            Ok(Evicted::Gone)
-        })();
-        drop(taken);
-        files.count();
-        let empty = disk::allocated(&files.data).is_ok_and(|bytes| bytes == 0);
-        drop(files);
-        if empty {
-            self.evict_whole()?;
-        }
-        outcome
-    }
-
-    /// Unlinks the object, unless somebody is reading it or the kernel holds it.
-    pub(super) fn evict_whole(&self) -> io::Result<Evicted> {
-        let _turn = self.lifecycle.lock();
-        {
-            let mut state = self.state.write();
-            match &*state {
-                State::Unknown => {}
-                State::Absent => return Ok(Evicted::Gone),
-                // Users clone under the read lock: one means nobody has it.
-                State::Open(files)
-                    if Arc::strong_count(files) > 1 || self.shared.handed.contains(&self.id, files.inode) =>
-                {
-                    return Ok(Evicted::Busy);
-                }
-                State::Open(_) => {}
-            }
-            if matches!(*state, State::Open(_)) {
-                let open = std::mem::replace(&mut *state, State::Absent);
-                drop(state);
-                return self.unlink(open);
-            }
-        }
-        let open = match self.open_existing()? {
-            Some(files) if self.shared.handed.contains(&self.id, files.inode) => {
-                return Ok(Evicted::Busy);
-            }
-            Some(files) => State::Open(files),
-            None => State::Absent,
-        };
-        *self.state.write() = State::Absent;
-        self.unlink(open)
-    }
-
-    /// Unlinks the object at once; who still reads it reads on.
-    pub(super) fn discard(&self) {
-        let _turn = self.lifecycle.lock();
-        let open = std::mem::replace(&mut *self.state.write(), State::Absent);
-        if let Err(error) = self.unlink(open) {
-            self.shared.trouble("removing a cached object", &error);
-        }
-    }
-
-    /// The caller has the lifecycle lock and has made the state `Absent`.
-    fn unlink(&self, open: State) -> io::Result<Evicted> {
-        let (data_path, sidecar_path) = self.shared.paths(&self.id);
-        // The sidecar goes first: alone it could vouch for a file made later.
-        let outcome = disk::unlink(&sidecar_path).and_then(|()| disk::unlink(&data_path));
-        match outcome {
-            Ok(()) => {
-                if let State::Open(files) = open {
-                    files.unlinked.store(true, Ordering::Release);
-                    self.shared.unlinked(&self.id);
-                }
-                Ok(Evicted::Gone)
-            }
-            Err(error) => {
-                // Ask the disk again next time.
-                *self.state.write() = State::Unknown;
-                Err(error)
-            }
-        }
     }
 
     /// Checks every present block against its checksum; (checked, damaged).

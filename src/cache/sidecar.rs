@@ -54,7 +54,19 @@ impl Sidecar {
     }
 
     pub fn set_slot(&self, data: &File, block: BlockNo, word: u64) -> io::Result<()> {
-        self.write(data, slot_at(block.0), &word.to_le_bytes())
+        self.set_slots(data, block, &[word])
+    }
+
+    /// Of neighbouring blocks of one extent, in one write.
+    pub fn set_slots(&self, data: &File, first: BlockNo, words: &[u64]) -> io::Result<()> {
+        let mut bytes = [0; SLOT_LEN * BLOCKS_PER_EXTENT as usize];
+        let Some(bytes) = bytes.get_mut(..SLOT_LEN * words.len()) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        for (place, word) in bytes.chunks_exact_mut(SLOT_LEN).zip(words) {
+            place.copy_from_slice(&word.to_le_bytes());
+        }
+        self.write(data, slot_at(first.0), bytes)
     }
 
     pub fn clear(&self, data: &File, extent: ExtentNo, size: u64) -> io::Result<()> {

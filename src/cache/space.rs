@@ -278,17 +278,19 @@ impl Shared {
         *degraded = Some((reason, Instant::now()));
     }
 
-    /// After every fill.
-    pub(super) fn filled(&self, outcome: &Result<(), CacheError>) {
+    /// After every fill, of so many blocks.
+    pub(super) fn filled(&self, outcome: &Result<(), CacheError>, blocks: usize) {
         match outcome {
             Ok(()) => {
-                self.counters.fills.fetch_add(1, Ordering::Relaxed);
+                self.counters.fills.fetch_add(blocks as u64, Ordering::Relaxed);
                 if self.counters.degraded.lock().take().is_some() {
                     tracing::info!("the cache is storing again");
                 }
             }
             Err(error) => {
-                self.counters.fill_errors.fetch_add(1, Ordering::Relaxed);
+                self.counters
+                    .fill_errors
+                    .fetch_add(blocks as u64, Ordering::Relaxed);
                 match error {
                     CacheError::Io { doing, source } => self.trouble(doing, source),
                     CacheError::DiskFull => self.degrade(error.to_string()),

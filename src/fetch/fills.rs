@@ -5,6 +5,7 @@
 //! that it does not fetch what would not be kept.
 
 use std::{
+    iter,
     sync::{
         Arc,
         atomic::Ordering::Relaxed,
@@ -23,6 +24,11 @@ use crate::{
 };
 
 const THREADS: usize = 2;
+/// What a thread takes off its queue at a time, to find neighbours in it; it never waits for more.
+const BATCH: usize = 64;
+/// Neighbours that are written together: a reader of what lies among them is not held up, and the room they
+/// take is soon free.
+const RUN_MOST: usize = 16;
 /// A disk that takes nothing for so long is not waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -52,14 +58,43 @@ pub(super) struct Fills {
     tally: Arc<Tally>,
 }
 
+impl Queued {
+    fn follows(&self, last: &Self) -> bool {
+        let (fill, last) = (&self.fill, &last.fill);
+        Arc::ptr_eq(&fill.object, &last.object)
+            && fill.block == last.block + 1
+            && fill.purpose == last.purpose
+    }
+}
+
+/// What was queued, neighbours together. The pieces of a GET arrive among those of others.
+fn in_runs(queued: impl Iterator<Item = Queued>) -> impl Iterator<Item = Vec<Queued>> {
+    let mut rest: Vec<Queued> = queued.collect();
+    rest.sort_by_key(|queued| (queued.fill.object.id().0, queued.fill.block));
+    let mut rest = rest.into_iter().peekable();
+    iter::from_fn(move || {
+        let mut run = vec![rest.next()?];
+        while run.len() < RUN_MOST
+            && let Some(next) = rest.next_if(|next| next.follows(&run[run.len() - 1]))
+        {
+            run.push(next);
+        }
+        Some(run)
+    })
+}
+
 impl Fills {
     /// With `places` for blocks that wait to be written. `None`: no thread could be started, and nothing is
     /// cached.
     pub fn start(tally: &Arc<Tally>, recent: &Arc<Recent>, places: usize) -> Option<Self> {
         let recent = Arc::clone(recent);
-        Self::writing(tally, places, move |fill| {
-            fill.object.fill(BlockNo(fill.block), &fill.bytes, fill.purpose)?;
-            recent.served(fill.object.id(), fill.block);
+        Self::writing(tally, places, move |run| {
+            let Some(Queued { fill, .. }) = run.first() else {
+                return Ok(());
+            };
+            let blocks: Vec<&[u8]> = run.iter().map(|queued| &queued.fill.bytes[..]).collect();
+            fill.object.fill_run(BlockNo(fill.block), &blocks, fill.purpose)?;
+            recent.written(fill.object.id(), fill.block..fill.block + run.len() as u64);
             Ok(())
         })
     }
@@ -68,16 +103,18 @@ impl Fills {
     fn writing(
         tally: &Arc<Tally>,
         places: usize,
-        write: impl Fn(&Fill) -> Result<(), CacheError> + Send + Sync + 'static,
+        write: impl Fn(&[Queued]) -> Result<(), CacheError> + Send + Sync + 'static,
     ) -> Option<Self> {
         let write = Arc::new(write);
         let queues = (0..THREADS).map_while(|_| {
             let (queue, fills) = sync_channel::<Queued>(places);
             let (write, tally) = (Arc::clone(&write), Arc::clone(tally));
             let work = move || {
-                for queued in fills {
-                    if write(&queued.fill).is_err() {
-                        tally.fills_failed.fetch_add(1, Relaxed);
+                while let Ok(first) = fills.recv() {
+                    for run in in_runs(iter::once(first).chain(fills.try_iter()).take(BATCH)) {
+                        if write(&run).is_err() {
+                            tally.fills_failed.fetch_add(run.len() as u64, Relaxed);
+                        }
                     }
                 }
             };
@@ -208,6 +245,42 @@ mod tests {
         // What the threads have in hand holds its room, too.
         assert_eq!(shim.dropped(), 10_000 - QUEUE as u64);
         assert!(!shim.fills.keep_up());
+    }
+
+    #[test]
+    fn what_waits_is_written_in_runs_of_neighbours() {
+        let shim = Shim::new();
+        let (told, runs) = mpsc::channel();
+        let (take, taken) = mpsc::channel::<()>();
+        let taken = Mutex::new(taken);
+        let fills = Fills::writing(&shim.tally, QUEUE, move |run| {
+            let blocks: Vec<u64> = run.iter().map(|queued| queued.fill.block).collect();
+            told.send(blocks).unwrap();
+            let _ = taken.lock().recv();
+            Err(CacheError::Full)
+        })
+        .unwrap();
+        fills.offer(shim.fill(500));
+        assert_eq!(runs.recv().unwrap(), [500]);
+        // Meanwhile the pieces of two GETs arrive in turn, and one block for another reason.
+        for n in 0..20 {
+            fills.offer(shim.fill(n));
+            fills.offer(shim.fill(100 + n));
+        }
+        fills.offer(Fill {
+            purpose: Purpose::WarmUp,
+            ..shim.fill(120)
+        });
+        drop(take);
+        let next = || runs.recv().unwrap();
+        assert_eq!(next(), Vec::from_iter(0..16));
+        assert_eq!(next(), Vec::from_iter(16..20));
+        assert_eq!(next(), Vec::from_iter(100..116));
+        assert_eq!(next(), Vec::from_iter(116..120));
+        assert_eq!(next(), [120]);
+        drop(fills);
+        assert!(runs.recv().is_err(), "the threads have ended");
+        assert_eq!(shim.tally.fills_failed.load(Relaxed), 42);
     }
 
     #[tokio::test]

@@ -1,12 +1,12 @@
 //! The blocks that arrived last, in memory, beside those on their way.
 //!
 //! Bridges the time between a block's arrival and its being in the cache, and stands in for a cache that is
-//! absent, full or broken, so that sequential readers do not fetch a block twice. Those go first that have
-//! served: read to their end, or in the cache by now. Then in order of arrival: were blocks kept for being
-//! read, those fetched ahead would go before their reader comes. What is on its way has its place here from
-//! the moment it is asked for, and other blocks go for it.
+//! absent, full or broken, so that sequential readers do not fetch a block twice. What was read goes first, then
+//! what is in the cache by now, then the rest, each in order of arrival: were blocks kept for being read, those
+//! fetched ahead would go before their reader comes. What is on its way has its place here from the moment it
+//! is asked for, and other blocks go for it.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use bytes::Bytes;
 use lru::LruCache;
@@ -24,10 +24,12 @@ pub(super) struct Recent {
 
 struct State {
     reserved: usize,
+    /// Neither read nor in the cache.
     here: LruCache<Key, Bytes>,
-    /// They have served. Kept a little longer for readers who looked into the cache just before, and for those
-    /// who follow closely where there is no cache: a quarter of the capacity at most.
-    served: LruCache<Key, Bytes>,
+    /// In the cache, and not read.
+    written: LruCache<Key, Bytes>,
+    /// Read to their end. Kept a little longer for those who follow closely: an eighth of the capacity at most.
+    read: LruCache<Key, Bytes>,
 }
 
 /// Room for blocks that are on their way.
@@ -43,7 +45,8 @@ impl Recent {
             state: Mutex::new(State {
                 reserved: 0,
                 here: LruCache::unbounded(),
-                served: LruCache::unbounded(),
+                written: LruCache::unbounded(),
+                read: LruCache::unbounded(),
             }),
         }
     }
@@ -64,19 +67,33 @@ impl Recent {
     pub fn get(&self, object: ObjectId, block: u64) -> Option<Bytes> {
         let state = self.state.lock();
         let key = (object, block);
-        state.here.peek(&key).or_else(|| state.served.peek(&key)).cloned()
+        let found = [&state.here, &state.written, &state.read]
+            .into_iter()
+            .find_map(|blocks| blocks.peek(&key));
+        found.cloned()
     }
 
-    /// The cache has the block, or somebody read it to its end.
-    pub fn served(&self, object: ObjectId, block: u64) {
+    /// The cache has these.
+    pub fn written(&self, object: ObjectId, blocks: Range<u64>) {
+        let mut state = self.state.lock();
+        for block in blocks {
+            if let Some(bytes) = state.here.pop(&(object, block)) {
+                state.written.put((object, block), bytes);
+            }
+        }
+    }
+
+    /// Somebody read the block to its end.
+    pub fn read(&self, object: ObjectId, block: u64) {
         let _gone = {
             let mut state = self.state.lock();
-            let Some(bytes) = state.here.pop(&(object, block)) else {
+            let key = (object, block);
+            let Some(bytes) = state.here.pop(&key).or_else(|| state.written.pop(&key)) else {
                 return;
             };
-            let before = state.served.push((object, block), bytes);
-            let too_many = state.served.len() > self.capacity / 4;
-            (before, too_many.then(|| state.served.pop_lru()))
+            let before = state.read.put(key, bytes);
+            let too_many = state.read.len() > self.capacity / 8;
+            (before, too_many.then(|| state.read.pop_lru()))
         };
     }
 }
@@ -86,11 +103,16 @@ impl State {
     fn shrink(&mut self, capacity: usize) -> Vec<(Key, Bytes)> {
         let room = capacity.saturating_sub(self.reserved);
         let mut gone = Vec::new();
-        while self.here.len() + self.served.len() > room {
-            let oldest = self.served.pop_lru().or_else(|| self.here.pop_lru());
-            gone.extend(oldest);
+        while self.kept() > room {
+            let first = self.read.pop_lru();
+            let next = first.or_else(|| self.written.pop_lru());
+            gone.extend(next.or_else(|| self.here.pop_lru()));
         }
         gone
+    }
+
+    fn kept(&self) -> usize {
+        self.here.len() + self.written.len() + self.read.len()
     }
 }
 
@@ -126,28 +148,34 @@ mod tests {
 
     fn count(recent: &Recent) -> usize {
         let state = recent.state.lock();
-        state.reserved + state.here.len() + state.served.len()
+        state.reserved + state.kept()
     }
 
     #[test]
-    fn what_has_served_goes_first_and_what_arrived_first_goes_next() {
-        let recent = Arc::new(Recent::new(4));
+    fn what_was_read_goes_first_then_what_the_cache_has_then_what_arrived_first() {
+        let recent = Arc::new(Recent::new(8));
         let mut reserved = recent.reserve(4);
         for block in 0..4 {
             reserved.arrived(object(), block, Bytes::from(vec![block as u8]));
         }
-        recent.served(object(), 2);
-        assert!(recent.get(object(), 2).is_some(), "gone at once");
-        let _one = recent.reserve(1);
-        assert!(recent.get(object(), 2).is_none());
-        let _two = recent.reserve(1);
-        assert!(recent.get(object(), 0).is_none());
-        assert_eq!(recent.get(object(), 1).as_deref(), Some(&[1][..]));
+        recent.written(object(), 1..2);
+        recent.read(object(), 2);
+        let mut there: Vec<u64> = vec![0, 1, 2, 3];
+        let mut room = vec![recent.reserve(4)];
+        for next in [2, 1, 0, 3] {
+            let found = there
+                .iter()
+                .filter(|block| recent.get(object(), **block).is_some());
+            assert_eq!(found.count(), there.len());
+            room.push(recent.reserve(1));
+            assert!(recent.get(object(), next).is_none(), "{next} is still there");
+            there.retain(|block| *block != next);
+        }
     }
 
     proptest! {
         #[test]
-        fn no_more_is_kept_than_there_is_room_for(steps in prop::collection::vec((0u8..4, 0u64..32), 1..200)) {
+        fn no_more_is_kept_than_there_is_room_for(steps in prop::collection::vec((0u8..5, 0u64..32), 1..200)) {
             const ROOM: usize = 16;
             let recent = Arc::new(Recent::new(ROOM));
             let mut reserved: Vec<Reserved> = Vec::new();
@@ -161,7 +189,8 @@ mod tests {
                         prop_assert!(recent.get(object(), block).is_some());
                     },
                     2 => drop((!reserved.is_empty()).then(|| reserved.remove(0))),
-                    _ => recent.served(object(), block),
+                    3 => recent.read(object(), block),
+                    _ => recent.written(object(), block..block + 3),
                 }
                 prop_assert!(count(&recent) <= ROOM);
             }
