@@ -1,6 +1,6 @@
 //! Cold reads through `fetch`, beside plain parallel ranged GETs of the same store in the same run.
 //!
-//!     cargo bench --bench fetch [-- --small] [--only sequential|random|small-files] [--connections N]
+//!     cargo bench --bench fetch [-- --small] [--only sequential|random|bundled|registered] [--connections N]
 //!
 //! The origin is in this process, shaped to 20 ms to the first byte and 90 MB/s per connection. The kernel's side
 //! of a mount takes no part: what is measured is the fetcher, with an agent's default memory limit, and its cache
@@ -467,22 +467,23 @@ async fn main() -> Result<(), Failure> {
         random(&bench, 16, reads, false, ", 2 % stragglers of 1 s").await?;
         bench.origin.shape(SHAPE);
     }
-    if wanted("small-files") {
-        let files = if small { 2000 } else { 20_000 };
-        for in_an_object in [IN_A_BUNDLE, 1] {
-            // A request for each file: all connections are what it takes.
-            let tried = if in_an_object == 1 {
-                connections.len() - 1
-            } else {
-                0
-            };
-            for connections in &connections[tried..] {
-                bench.connections = *connections;
-                for policy in [PrefetchPolicy::Auto, PrefetchPolicy::All] {
-                    small_files(&bench, files, in_an_object, Ahead::Prefetch(policy)).await?;
-                }
-                small_files(&bench, files, in_an_object, Ahead::Profile).await?;
+    let files = if small { 2000 } else { 20_000 };
+    for (in_an_object, name) in [(IN_A_BUNDLE, "bundled"), (1, "registered")] {
+        if !wanted(name) {
+            continue;
+        }
+        // A request for each file: all connections are what it takes.
+        let tried = if in_an_object == 1 {
+            connections.len() - 1
+        } else {
+            0
+        };
+        for connections in &connections[tried..] {
+            bench.connections = *connections;
+            for policy in [PrefetchPolicy::Auto, PrefetchPolicy::All] {
+                small_files(&bench, files, in_an_object, Ahead::Prefetch(policy)).await?;
             }
+            small_files(&bench, files, in_an_object, Ahead::Profile).await?;
         }
     }
     Ok(())

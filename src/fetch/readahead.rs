@@ -33,8 +33,8 @@ const KERNEL_REQUEST: u64 = 512 << 10;
 /// So many reads in a row that each end where the one before began are going backward.
 const BACKWARD: u32 = 3;
 const FIRST_WINDOW: u64 = 2 << 20;
-/// A proven window grows by this factor: each step costs a round trip, and a fast origin takes four.
-const GROWTH: u64 = 8;
+/// A proven window grows by this factor: each step costs a round trip, and a fast origin takes three.
+const GROWTH: u64 = 16;
 /// A window is proven by reading this part of it. Not more: until then the connections have too little to do.
 const PROOF: u64 = 4;
 /// What was learned is forgotten when it has grown to this.
