@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, watch};
@@ -220,16 +220,16 @@ impl Fetcher {
     /// lock held across I/O. `buf` is replaced by exactly the bytes of `range` within the object.
     pub fn read_cached(&self, object: &FetchObject, range: Range<u64>, buf: &mut Vec<u8>) -> Option<()> {
         let range = object.clip(&range);
-        buf.clear();
         let blocks = blocks_covering(&range);
         if let Some(cached) = &object.cached {
+            // What was in it is overwritten: only what it grows by costs zeroing.
             buf.resize(usize::try_from(range.end - range.start).ok()?, 0);
             if cached.read(range.start, buf, Purpose::Reader).unwrap_or(false) {
                 self.count_hit(object, &range, &blocks);
                 return Some(());
             }
-            buf.clear();
         }
+        buf.clear();
         for block in blocks.clone() {
             let bytes = self.recent.get(object.id, block)?;
             buf.extend_from_slice(part_of(&bytes, block, &range)?);
@@ -269,7 +269,8 @@ impl Fetcher {
         let wanted: Vec<u64> = blocks.clone().collect();
         let mut arrivals = self.start(object, &wanted, Ahead::No);
         self.mark_read(object, &blocks);
-        let mut whole = BytesMut::with_capacity(usize::try_from(range.end - range.start).unwrap_or(0));
+        let mut whole = self.buffers.answer();
+        whole.reserve_exact(usize::try_from(range.end - range.start).unwrap_or(0));
         for block in blocks.clone() {
             let bytes = match arrivals.remove(&block) {
                 Some(Started::Here(bytes)) => bytes,
@@ -289,7 +290,7 @@ impl Fetcher {
             }
             whole.extend_from_slice(&bytes[part]);
         }
-        Ok(whole.freeze())
+        Ok(self.buffers.freeze(whole))
     }
 
     /// A block that the cache said it has. If it cannot give it after all, it is fetched.

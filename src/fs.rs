@@ -343,8 +343,8 @@ impl GridFs {
         length: u64,
         buf: &mut Vec<u8>,
     ) -> Result<bool, FsError> {
-        buf.clear();
         let Some(place) = self.place(ino, offset, length)? else {
+            buf.clear();
             return Ok(true);
         };
         let content = &self.snapshot.content;

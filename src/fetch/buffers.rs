@@ -22,10 +22,14 @@ const PIECES: usize = 64;
 const HUGE_PAGE: usize = 2 << 20;
 /// Unused pieces kept: 32 MiB.
 const MOST_IDLE: usize = 256;
+/// Unused answers kept, each as long as the longest read that it served: a mebibyte, from a kernel.
+const MOST_ANSWERS: usize = 16;
+const LONGEST_KEPT: usize = 1 << 20;
 
 #[derive(Debug, Default)]
 pub(super) struct Buffers {
     state: Mutex<State>,
+    answers: Mutex<Vec<Vec<u8>>>,
 }
 
 #[derive(Debug, Default)]
@@ -63,6 +67,19 @@ impl Buffers {
             slab,
             home: Arc::clone(self),
         }
+    }
+
+    /// An empty buffer for the blocks of one read together.
+    pub fn answer(&self) -> Vec<u8> {
+        self.answers.lock().pop().unwrap_or_default()
+    }
+
+    /// The answer as bytes; its memory is used again when the last of them is dropped.
+    pub fn freeze(self: &Arc<Self>, bytes: Vec<u8>) -> Bytes {
+        Bytes::from_owner(Answer {
+            bytes,
+            home: Arc::clone(self),
+        })
     }
 
     fn put_back(&self, slab: u64, bytes: BytesMut) {
@@ -157,6 +174,28 @@ impl Drop for Buffer {
         let mut bytes = std::mem::take(&mut self.bytes);
         bytes.clear();
         self.home.put_back(self.slab, bytes);
+    }
+}
+
+struct Answer {
+    bytes: Vec<u8>,
+    home: Arc<Buffers>,
+}
+
+impl AsRef<[u8]> for Answer {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        let mut bytes = std::mem::take(&mut self.bytes);
+        bytes.clear();
+        let mut answers = self.home.answers.lock();
+        if answers.len() < MOST_ANSWERS && bytes.capacity() <= LONGEST_KEPT {
+            answers.push(bytes);
+        }
     }
 }
 

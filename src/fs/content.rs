@@ -16,7 +16,7 @@ use crate::{
 /// The bytes of one tree's objects.
 #[async_trait]
 pub trait Content: Send + Sync {
-    /// Appends `range` to `buf` if every byte is at hand. Never waits for the network.
+    /// Puts `range`, and nothing else, into `buf` if every byte is at hand. Never waits for the network.
     fn read_cached(&self, object: ObjectNo, range: Range<u64>, buf: &mut Vec<u8>) -> bool;
     /// Exactly `range`, from wherever it is, within a deadline.
     async fn read(&self, object: ObjectNo, range: Range<u64>) -> Result<Bytes, ReadError>;

@@ -30,6 +30,7 @@ impl Content for InMemory {
     fn read_cached(&self, object: ObjectNo, range: Range<u64>, buf: &mut Vec<u8>) -> bool {
         let hit = range.end <= self.cached.load(Relaxed);
         if hit {
+            buf.clear();
             buf.extend_from_slice(&self.objects[object.0 as usize][range.start as usize..range.end as usize]);
         }
         hit
