@@ -350,6 +350,30 @@ mod tests {
     }
 
     #[test]
+    fn readers_that_take_turns_on_one_inode_are_followed_each() {
+        // As far apart as each other: at first that looks like one reader who skips.
+        const READERS: u64 = 8;
+        let streams = Streams::new();
+        let mut asked: Vec<Range<u64>> = Vec::new();
+        let mut missed = 0;
+        for n in 0..400u64 {
+            for reader in 0..READERS {
+                let start = (reader << 32) + n * BLOCK_SIZE;
+                let read = start..start + BLOCK_SIZE;
+                let there = asked.iter().any(|a| a.start <= read.start && read.end <= a.end);
+                missed += u64::from(n >= 4 && !there);
+                asked.extend(streams.advise(&read, &WHOLE, LARGEST).0);
+            }
+        }
+        assert_eq!(missed, 0, "reads that nobody had foreseen");
+        let ahead: u64 = asked.iter().map(|range| range.end - range.start).sum();
+        assert!(
+            ahead < READERS * (400 * BLOCK_SIZE + LARGEST) + (8 << 20),
+            "{ahead} bytes"
+        );
+    }
+
+    #[test]
     fn random_small_reads_ask_for_nothing() {
         // Far apart, never the same distance twice.
         let reads = (1..200u64).map(|n| {
