@@ -417,8 +417,12 @@ impl Cache {
         Some(self.shared.config.dir.join("trees").join(name))
     }
 
-    /// A tree part could not be put there: said in the log and in the statistics.
-    pub fn tree_not_kept(&self, why: &dyn std::error::Error) {
+    /// A tree part could not be put there: said in the log and in the statistics. That the cache rests after an
+    /// earlier failure is no failure: it would rest for ever if it were.
+    pub fn tree_not_kept(&self, why: &(dyn std::error::Error + 'static)) {
+        if matches!(why.downcast_ref(), Some(CacheError::Resting)) {
+            return;
+        }
         self.shared.degrade(format!("failed keeping a tree: {why}"));
     }
 

@@ -203,7 +203,11 @@ fn read_only_for_a_while() {
         if degraded(&sandbox).is_none() {
             break;
         }
-        assert!(begun.elapsed() < DEADLINE, "the cache stays degraded");
+        assert!(
+            begun.elapsed() < DEADLINE,
+            "the cache stays degraded: {:?}",
+            degraded(&sandbox)
+        );
     }
     run_ends(&sandbox);
     // From the start, too.

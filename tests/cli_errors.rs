@@ -87,6 +87,7 @@ const ERRORS: &[(i32, &str, &[&str])] = &[
     (1, "cache status --socket /no/such/socket", &["/no/such/socket"]),
     (1, "cache path --socket /no/such/socket", &["/no/such/socket"]),
     (1, "cache verify --cache-dir FILE", &["FILE"]),
+    (1, "cache evict --cache-dir FILE", &["FILE"]),
     (1, "cache evict data/7", &["data/7"]),
     (2, "cache", &["evict"]),
     (2, "cache evict a//b", &["column"]),

@@ -1,6 +1,6 @@
 //! `grid-mount cache …`: through the agent or, where none runs, on the cache directory itself.
 
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
 use tokio::sync::watch;
 
@@ -78,6 +78,24 @@ impl Holder {
     }
 }
 
+/// There is nothing in it to work on. An agent reads past such a directory; who names it wants to know.
+#[derive(Debug, thiserror::Error)]
+#[error("the cache directory {} cannot be used: {why}", dir.display())]
+struct Unusable {
+    dir: PathBuf,
+    why: String,
+}
+
+impl Unusable {
+    async fn refuse(agent: &Agent) -> Result<(), CliError> {
+        let CacheInfo { dir, degraded, .. } = agent.cache_info().await;
+        match degraded {
+            None => Ok(()),
+            Some(why) => Err(CliError::failed(Self { dir, why })),
+        }
+    }
+}
+
 async fn status(args: &CacheCommandArgs) -> Result<(), CliError> {
     let settings = config::load(&Overrides::of(&Default::default(), &args.agent))?;
     let info = match Holder::find(args, &settings).await? {
@@ -139,10 +157,11 @@ async fn evict(args: &CacheEvictArgs) -> Result<(), CliError> {
     let request = EvictRequest { version };
     let outcome = match Holder::find(&args.common, &settings).await? {
         Holder::Agent(client) => client.evict(&request).await.map_err(CliError::failed)?,
-        Holder::Here(agent) => agent
-            .evict(&Caller::this_process(), request)
-            .await
-            .map_err(CliError::failed)?,
+        Holder::Here(agent) => {
+            Unusable::refuse(&agent).await?;
+            let evicted = agent.evict(&Caller::this_process(), request).await;
+            evicted.map_err(CliError::failed)?
+        }
     };
     if args.common.output.json {
         output::print_json(&outcome);
@@ -176,6 +195,7 @@ async fn verify(args: &CacheCommandArgs) -> Result<(), CliError> {
                 .map_err(CliError::failed)?
         }
         Holder::Here(agent) => {
+            Unusable::refuse(&agent).await?;
             let total = agent.cache_info().await.objects;
             let (sender, mut seen) = watch::channel(VerifyProgress::default());
             let shown = async {
