@@ -7,6 +7,7 @@ use std::{
     fs::{self, File},
     io::Write as _,
     path::Path,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -42,6 +43,22 @@ impl Drop for SmallDisk {
     }
 }
 
+impl SmallDisk {
+    /// One with a cache on it that leaves so much free; `None`, with the reason told, where there can be none.
+    fn with_a_cache(min_free: u64) -> Option<(Self, Arc<Cache>)> {
+        let disk = Self::mounted()
+            .map_err(|error| sandbox::skip("a full disk", &format!("no tmpfs can be mounted: {error}")))
+            .ok()?;
+        let config = CacheConfig {
+            dir: disk.path().join("cache"),
+            max_bytes: 64 << 20,
+            min_free,
+            verify: VerifyPolicy::EarlierBoot,
+        };
+        Some((disk, Cache::open(config).unwrap()))
+    }
+}
+
 fn truth(block: u64) -> Vec<u8> {
     let mut bytes = vec![0; BLOCK_SIZE as usize];
     let mut hasher = blake3::Hasher::new();
@@ -52,17 +69,9 @@ fn truth(block: u64) -> Vec<u8> {
 
 #[test]
 fn a_disk_that_fills_up_costs_hits_but_never_truth_and_is_used_again() {
-    let disk = match SmallDisk::mounted() {
-        Ok(disk) => disk,
-        Err(error) => return sandbox::skip("a full disk", &format!("no tmpfs can be mounted: {error}")),
+    let Some((disk, cache)) = SmallDisk::with_a_cache(0) else {
+        return;
     };
-    let cache = Cache::open(CacheConfig {
-        dir: disk.path().join("cache"),
-        max_bytes: 64 << 20,
-        min_free: 0,
-        verify: VerifyPolicy::EarlierBoot,
-    })
-    .unwrap();
     let size = 1000 * BLOCK_SIZE;
     let object = cache.object(
         ObjectId::derive("team", "s3://b", "key", "etag", size, None),
@@ -118,17 +127,9 @@ fn allocated(disk: &SmallDisk) -> u64 {
 #[test]
 fn the_cache_gives_way_to_another_program_that_fills_the_disk() {
     const MIN_FREE: u64 = 4 << 20;
-    let disk = match SmallDisk::mounted() {
-        Ok(disk) => disk,
-        Err(error) => return sandbox::skip("a full disk", &format!("no tmpfs can be mounted: {error}")),
+    let Some((disk, cache)) = SmallDisk::with_a_cache(MIN_FREE) else {
+        return;
     };
-    let cache = Cache::open(CacheConfig {
-        dir: disk.path().join("cache"),
-        max_bytes: 64 << 20,
-        min_free: MIN_FREE,
-        verify: VerifyPolicy::EarlierBoot,
-    })
-    .unwrap();
     let objects: Vec<_> = (0..14)
         .map(|n| {
             let id = ObjectId::derive("team", "s3://b", &n.to_string(), "etag", 1 << 20, None);
@@ -172,17 +173,9 @@ fn the_cache_gives_way_to_another_program_that_fills_the_disk() {
 /// What a run had written when the disk was full is counted, and goes when room is made.
 #[test]
 fn a_run_that_the_disk_cuts_short_is_not_there_and_not_forgotten() {
-    let disk = match SmallDisk::mounted() {
-        Ok(disk) => disk,
-        Err(error) => return sandbox::skip("a full disk", &format!("no tmpfs can be mounted: {error}")),
+    let Some((disk, cache)) = SmallDisk::with_a_cache(0) else {
+        return;
     };
-    let cache = Cache::open(CacheConfig {
-        dir: disk.path().join("cache"),
-        max_bytes: 64 << 20,
-        min_free: 0,
-        verify: VerifyPolicy::EarlierBoot,
-    })
-    .unwrap();
     let size = 1000 * BLOCK_SIZE;
     let id = ObjectId::derive("team", "s3://b", "key", "etag", size, None);
     let object = cache.object(id, size);

@@ -5,17 +5,22 @@
 //! answer is written to the connection here; what fuser then sends for the same request is refused by the kernel
 //! (ENOENT: it is answered), and changes nothing, as numbers of requests are never used again.
 
-use std::io::{self, IoSlice};
+use std::{
+    io::{self, IoSlice},
+    time::Duration,
+};
 
 use fuser::RequestId;
 
-use super::server::FOREVER;
 use crate::fs::{Attributes, IO_SIZE, Kind};
 
 /// Where the log would tell of answers that the kernel did not take. That a request is answered already, or its
 /// caller gone, is no news: of each listing without attributes the kernel takes the first answer of two.
 pub const UNHEARD: &str = "fuser::reply";
 
+/// How long the kernel may keep an answer. A version never changes; ten years outlive any mount, and
+/// stay clear of the overflow that a conversion to jiffies has.
+pub(super) const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// `fuse_entry_out` and `fuse_dirent`, as they begin each entry.
 const ENTRY: usize = 128;
 const DIRENT: usize = 24;

@@ -35,16 +35,13 @@ use super::{
     listing::{self, Listings},
     open_inodes::{BackingNo, OpenInodes, Released, Way},
     open_table::OpenTable,
-    page::Page,
+    page::{FOREVER, Page},
 };
 use crate::{
     fs::{Attributes, FsError, GridFs, IO_SIZE, Kind, NAME_MAX, Room, STATFS_UNIT},
     tree::{Ino, Timestamp},
 };
 
-/// How long the kernel may keep an answer. A version never changes; ten years outlive any mount, and
-/// stay clear of the overflow that a conversion to jiffies has.
-pub(super) const FOREVER: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 /// Inode numbers are never used for anything else.
 const GENERATION: Generation = Generation(0);
 /// Open files carry no state of their own, so that any agent can serve any of them.
