@@ -127,7 +127,7 @@ impl Fetcher {
         let limit = usize::try_from(config.memory_limit / BLOCK_SIZE).unwrap_or(usize::MAX);
         let places = (limit / 4).clamp(BLOCKS_PER_EXTENT as usize, 1 << 14);
         let blocks = (limit / 4 * 3).clamp(3 * BLOCKS_PER_EXTENT as usize, Semaphore::MAX_PERMITS);
-        let recent = Arc::new(Recent::new(blocks));
+        let recent = Arc::new(Recent::new(blocks, cache.is_some()));
         let in_flight = (blocks / 4 * 3).max(2 * BLOCKS_PER_EXTENT as usize);
         let tally = Arc::new(Tally::default());
         let fills = cache.as_ref().and_then(|_| Fills::start(&tally, &recent, places));
@@ -267,8 +267,12 @@ impl Fetcher {
         let wanted: Vec<u64> = blocks.clone().collect();
         let mut arrivals = self.start(object, &wanted, Ahead::No);
         self.mark_read(object, &blocks);
-        let mut whole = self.buffers.answer();
-        whole.reserve_exact(usize::try_from(range.end - range.start).unwrap_or(0));
+        // One block is handed on as it is.
+        let mut whole = Vec::new();
+        if blocks.end - blocks.start > 1 {
+            whole = self.buffers.answer();
+            whole.reserve_exact(usize::try_from(range.end - range.start).unwrap_or(0));
+        }
         for block in blocks.clone() {
             let bytes = match arrivals.remove(&block) {
                 Some(Started::Here(bytes)) => bytes,

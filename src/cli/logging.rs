@@ -44,6 +44,7 @@ fn start_with(
     spans: Option<impl Layer<Registry> + Send + Sync>,
 ) -> SetLevel {
     let named = std::env::var("GRID_MOUNT_LOG").ok();
+    let named = named.filter(|named| !named.trim().is_empty());
     let named = named.and_then(|named| EnvFilter::try_new(format!("{named},{UNHEARD}=off")).ok());
     let is_named = named.is_some();
     let of = |level: LogLevel| EnvFilter::new(format!("{level},{UNHEARD}=off"));

@@ -149,6 +149,8 @@ impl Pool {
                 if urgency.born_waited {
                     state.last_waited = Some(Instant::now());
                 }
+                // Those who gave up waiting there, perhaps this very request, are in nobody's way.
+                state.queues[class as usize].retain(|turn| !turn.is_closed());
                 if state.queues[class as usize].is_empty() && self.may_run(class, &state) {
                     state.running[class as usize] += 1;
                     return Permit {

@@ -1,8 +1,8 @@
 //! The blocks that arrived last, in memory, beside those on their way.
 //!
 //! Bridges the time between a block's arrival and its being in the cache, and stands in for a cache that is
-//! absent, full or broken, so that sequential readers do not fetch a block twice. What was read goes first, then
-//! what is in the cache by now, then the rest, each in order of arrival: were blocks kept for being read, those
+//! absent, full or broken, so that sequential readers do not fetch a block twice. What was read and is in the cache
+//! goes first, then what is one of these, then the rest, each in order of arrival: were blocks kept for being read, those
 //! fetched ahead would go before their reader comes. What is on its way has its place here from the moment it
 //! is asked for, and other blocks go for it.
 
@@ -19,6 +19,8 @@ type Key = (ObjectId, u64);
 pub(super) struct Recent {
     /// Blocks, those on their way and those here.
     capacity: usize,
+    /// A cache keeps what is here, sooner or later.
+    cached: bool,
     state: Mutex<State>,
 }
 
@@ -28,8 +30,11 @@ struct State {
     here: LruCache<Key, Bytes>,
     /// In the cache, and not read.
     written: LruCache<Key, Bytes>,
-    /// Read to their end. Kept a little longer for those who follow closely: an eighth of the capacity at most.
+    /// Read to their end, and not in the cache.
     read: LruCache<Key, Bytes>,
+    /// Both, as far as there is a cache. Kept a little longer for those who follow closely: an eighth of the
+    /// capacity at most.
+    spent: LruCache<Key, Bytes>,
 }
 
 /// Room for blocks that are on their way.
@@ -39,14 +44,16 @@ pub(super) struct Reserved {
 }
 
 impl Recent {
-    pub fn new(blocks: usize) -> Self {
+    pub fn new(blocks: usize, cached: bool) -> Self {
         Self {
             capacity: blocks,
+            cached,
             state: Mutex::new(State {
                 reserved: 0,
                 here: LruCache::unbounded(),
                 written: LruCache::unbounded(),
                 read: LruCache::unbounded(),
+                spent: LruCache::unbounded(),
             }),
         }
     }
@@ -67,7 +74,7 @@ impl Recent {
     pub fn get(&self, object: ObjectId, block: u64) -> Option<Bytes> {
         let state = self.state.lock();
         let key = (object, block);
-        let found = [&state.here, &state.written, &state.read]
+        let found = [&state.here, &state.written, &state.read, &state.spent]
             .into_iter()
             .find_map(|blocks| blocks.peek(&key));
         found.cloned()
@@ -75,26 +82,35 @@ impl Recent {
 
     /// The cache has these.
     pub fn written(&self, object: ObjectId, blocks: Range<u64>) {
+        let mut gone = Vec::new();
         let mut state = self.state.lock();
-        for block in blocks {
-            if let Some(bytes) = state.here.pop(&(object, block)) {
-                state.written.put((object, block), bytes);
+        for key in blocks.map(|block| (object, block)) {
+            if let Some(bytes) = state.here.pop(&key) {
+                gone.extend(state.written.push(key, bytes));
+            } else if let Some(bytes) = state.read.pop(&key) {
+                gone.extend(state.spend(key, bytes, self.capacity));
             }
         }
+        drop(state);
+        drop(gone);
     }
 
     /// Somebody read the block to its end.
     pub fn read(&self, object: ObjectId, block: u64) {
-        let _gone = {
-            let mut state = self.state.lock();
-            let key = (object, block);
-            let Some(bytes) = state.here.pop(&key).or_else(|| state.written.pop(&key)) else {
-                return;
-            };
-            let before = state.read.put(key, bytes);
-            let too_many = state.read.len() > self.capacity / 8;
-            (before, too_many.then(|| state.read.pop_lru()))
+        let key = (object, block);
+        let mut state = self.state.lock();
+        let gone = if let Some(bytes) = state.written.pop(&key) {
+            state.spend(key, bytes, self.capacity)
+        } else if let Some(bytes) = state.here.pop(&key) {
+            match self.cached {
+                true => state.read.push(key, bytes),
+                false => state.spend(key, bytes, self.capacity),
+            }
+        } else {
+            None
         };
+        drop(state);
+        drop(gone);
     }
 }
 
@@ -104,15 +120,24 @@ impl State {
         let room = capacity.saturating_sub(self.reserved);
         let mut gone = Vec::new();
         while self.kept() > room {
-            let first = self.read.pop_lru();
+            let first = self.spent.pop_lru().or_else(|| self.read.pop_lru());
             let next = first.or_else(|| self.written.pop_lru());
             gone.extend(next.or_else(|| self.here.pop_lru()));
         }
         gone
     }
 
+    /// What falls out is for dropping after the lock.
+    fn spend(&mut self, key: Key, bytes: Bytes, capacity: usize) -> Option<(Key, Bytes)> {
+        let before = self.spent.push(key, bytes);
+        match self.spent.len() > capacity / 8 {
+            true => self.spent.pop_lru(),
+            false => before,
+        }
+    }
+
     fn kept(&self) -> usize {
-        self.here.len() + self.written.len() + self.read.len()
+        self.here.len() + self.written.len() + self.read.len() + self.spent.len()
     }
 }
 
@@ -152,17 +177,20 @@ mod tests {
     }
 
     #[test]
-    fn what_was_read_goes_first_then_what_the_cache_has_then_what_arrived_first() {
-        let recent = Arc::new(Recent::new(8));
-        let mut reserved = recent.reserve(4);
-        for block in 0..4 {
+    fn what_is_of_least_use_goes_first() {
+        let recent = Arc::new(Recent::new(8, true));
+        let mut reserved = recent.reserve(5);
+        for block in 0..5 {
             reserved.arrived(object(), block, Bytes::from(vec![block as u8]));
         }
         recent.written(object(), 1..2);
         recent.read(object(), 2);
-        let mut there: Vec<u64> = vec![0, 1, 2, 3];
-        let mut room = vec![recent.reserve(4)];
-        for next in [2, 1, 0, 3] {
+        recent.read(object(), 3);
+        recent.written(object(), 3..4);
+        let mut there: Vec<u64> = (0..5).collect();
+        let mut room = vec![recent.reserve(3)];
+        // Read and in the cache; read; in the cache; and then in order of arrival.
+        for next in [3, 2, 1, 0, 4] {
             let found = there
                 .iter()
                 .filter(|block| recent.get(object(), **block).is_some());
@@ -173,11 +201,25 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_is_read_and_waits_for_the_cache_stays_as_long_as_there_is_room() {
+        for (cached, kept) in [(true, 64), (false, 8)] {
+            let recent = Arc::new(Recent::new(64, cached));
+            let mut reserved = recent.reserve(64);
+            for block in 0..64 {
+                reserved.arrived(object(), block, Bytes::from_static(b"x"));
+                recent.read(object(), block);
+            }
+            let there = (0..64).filter(|block| recent.get(object(), *block).is_some());
+            assert_eq!(there.count(), kept);
+        }
+    }
+
     proptest! {
         #[test]
-        fn no_more_is_kept_than_there_is_room_for(steps in prop::collection::vec((0u8..5, 0u64..32), 1..200)) {
+        fn no_more_is_kept_than_there_is_room_for(cached: bool, steps in prop::collection::vec((0u8..5, 0u64..32), 1..200)) {
             const ROOM: usize = 16;
-            let recent = Arc::new(Recent::new(ROOM));
+            let recent = Arc::new(Recent::new(ROOM, cached));
             let mut reserved: Vec<Reserved> = Vec::new();
             for (step, block) in steps {
                 match step {
