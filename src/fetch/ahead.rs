@@ -64,11 +64,7 @@ impl Fetcher {
         range: Range<u64>,
         window: Range<u64>,
     ) {
-        let (ranges, window) = streams.advise(
-            &range,
-            &object.clip(&window),
-            self.config.max_readahead.min(self.largest_window),
-        );
+        let (ranges, window) = streams.advise(&range, &object.clip(&window), self.largest_window);
         // Small while the window is: all connections have a part of it, and the next byte comes soon. Large
         // pieces waste less of each connection on waiting for first bytes.
         let piece = readahead::even_piece(window / BLOCK_SIZE, self.config.connections as u64);
