@@ -59,13 +59,19 @@ fn fill_run(cache: &Arc<Cache>, n: u8, size: u64, first: u64, count: u64) -> Res
         .fill_run(BlockNo(first), &parts, Purpose::Reader)
 }
 
-/// What the file system says of the objects.
+/// What the file system says of the objects, once it has placed them.
 fn on_disk(dir: &TempDir) -> u64 {
-    walkdir::WalkDir::new(dir.path().join("cache/objects"))
+    let objects = dir.path().join("cache/objects");
+    walkdir::WalkDir::new(&objects)
         .into_iter()
+        .filter(|_| objects.exists())
         .map(|entry| entry.unwrap())
         .filter(|entry| entry.file_type().is_file())
-        .map(|entry| entry.metadata().unwrap().blocks() * 512)
+        .map(|entry| {
+            let file = std::fs::File::open(entry.path()).unwrap();
+            file.sync_all().unwrap();
+            file.metadata().unwrap().blocks() * 512
+        })
         .sum()
 }
 
@@ -102,7 +108,9 @@ fn what_was_filled_is_read_now_and_after_a_restart() {
     let dir = TempDir::new().unwrap();
     let (small, large) = (300_000, 2 * EXTENT_SIZE + 77);
     for boot in [BOOT, BOOT, LATER_BOOT] {
+        let before = on_disk(&dir);
         let cache = open(&dir, 1 << 30, boot);
+        assert_eq!(cache.stats().allocated_bytes, before);
         for (n, size) in [(1, small), (2, large)] {
             let last = block_count(size) - 1;
             if !holds(&cache, n, size, last) {
@@ -116,7 +124,6 @@ fn what_was_filled_is_read_now_and_after_a_restart() {
             assert_eq!(object.present_bytes(), size - last * BLOCK_SIZE);
         }
         assert_eq!(cache.stats().objects, 2);
-        assert_eq!(cache.stats().allocated_bytes, on_disk(&dir));
     }
 }
 
@@ -154,11 +161,12 @@ fn the_limit_holds_and_a_smaller_one_shrinks_the_cache() {
     assert!(holds(&cache, 9, 10, 0));
 }
 
-/// The file system is not asked after every block: what that hides is bounded.
+/// The file system is not asked after every block: what that hides is bounded. Tried in memory, since a file
+/// system that places blocks late counts them twice or not at all while it does, and ext4 places 8 MiB at once.
 #[test]
 fn the_total_follows_the_disk() {
-    let dir = TempDir::new().unwrap();
-    let size = 40 * EXTENT_SIZE + 5000;
+    let dir = TempDir::new_in("/dev/shm").unwrap();
+    let size = 20 * EXTENT_SIZE + 5000;
     let cache = open(&dir, 1 << 30, BOOT);
     let object = cache.object(id(1), size);
     let mut lengths = [1, 16, 3, 40, 1, 7].into_iter().cycle();
@@ -167,9 +175,9 @@ fn the_total_follows_the_disk() {
         let count = lengths.next().unwrap();
         fill_run(&cache, 1, size, first, count).unwrap();
         let (told, disk) = (cache.stats().allocated_bytes, on_disk(&dir));
-        // A page of the sidecar, maps of the file system.
-        assert!(told + 64 * 1024 >= disk, "{told} told, {disk} on the disk");
-        assert!(told <= disk + EXTENT_SIZE, "{told} told, {disk} on the disk");
+        // A page of the sidecar.
+        assert!(told + 4096 >= disk, "{told} told, {disk} on the disk");
+        assert!(told <= disk, "{told} told, {disk} on the disk");
         // Now and then it is there already.
         first += count - count / 8;
     }
