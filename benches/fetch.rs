@@ -19,6 +19,7 @@ use futures::{StreamExt as _, TryStreamExt as _, stream};
 use grid_mount::{
     block::BLOCK_SIZE,
     cache::{Cache, CacheConfig, VerifyPolicy},
+    config::default_memory_limit,
     fetch::{FetchConfig, FetchObject, Fetcher, Priority, Source, Streams},
     fs::{
         content::Content,
@@ -65,12 +66,18 @@ fn cpu() -> f64 {
     })
 }
 
+/// An agent's by default, on this machine.
+fn memory_limit() -> u64 {
+    let named = argument("--memory-mib").and_then(|mebibytes| mebibytes.parse::<u64>().ok());
+    let machine = nix::sys::sysinfo::sysinfo().ok().map(|info| info.ram_total());
+    named.map_or_else(|| default_memory_limit(machine), |mebibytes| mebibytes << 20)
+}
+
 fn config(connections: usize) -> FetchConfig {
     FetchConfig {
         connections,
-        memory_limit: 512 << 20,
+        memory_limit: memory_limit(),
         read_deadline: Duration::from_secs(30),
-        max_readahead: 512 << 20,
     }
 }
 
@@ -88,15 +95,23 @@ impl Bench {
         (fetcher, object)
     }
 
-    /// Plain GETs of an extent each over all connections, in MB/s.
-    async fn ceiling(&self) -> Result<f64, Failure> {
+    /// Plain GETs of an extent each over all connections, in MB/s, and processor seconds. What is measured next
+    /// finds the same: connections, and memory that has been used.
+    async fn ceiling(&self) -> Result<(f64, f64), Failure> {
+        stream::iter(0..self.connections as u64)
+            .map(|n| self.plain("big", n << 20..(n + 1) << 20))
+            .buffer_unordered(self.connections)
+            .try_for_each(|_| async { Ok(()) })
+            .await?;
+        use_memory(3 * self.size)?;
+        let used = cpu();
         let began = Instant::now();
         stream::iter((0..self.size).step_by(8 << 20))
             .map(|at| self.plain("big", at..(at + (8 << 20)).min(self.size)))
             .buffer_unordered(self.connections)
             .try_for_each(|_| async { Ok(()) })
             .await?;
-        Ok(mb(self.size, began.elapsed()))
+        Ok((mb(self.size, began.elapsed()), cpu() - used))
     }
 
     fn open(&self, fetcher: &Arc<Fetcher>, key: &str, size: u64) -> Arc<FetchObject> {
@@ -160,7 +175,36 @@ fn cache(dir: &std::path::Path) -> Result<Arc<Cache>, Failure> {
     })?)
 }
 
-/// Memory that nobody has used yet is slow on a virtual machine: its host has to find it first.
+/// One of several tries, whose best counts, as the best of the ceilings beside them does: on a machine with others on
+/// it, and memory that has to be found first, the rest is chance.
+struct Round {
+    got: f64,
+    ceiling: f64,
+    first: f64,
+    rest: String,
+}
+
+const ROUNDS: usize = 3;
+
+fn print_best(label: &str, rounds: &[Round]) {
+    let ceiling = rounds.iter().map(|round| round.ceiling).fold(0.0, f64::max);
+    let first = rounds.iter().map(|round| round.first).fold(f64::MAX, f64::min);
+    let all: Vec<_> = rounds
+        .iter()
+        .map(|round| format!("{:.2}", round.got / ceiling))
+        .collect();
+    if let Some(best) = rounds.iter().max_by(|one, other| one.got.total_cmp(&other.got)) {
+        println!(
+            "{label}: {:.0} MB/s of {ceiling:.0} ({:.2}; rounds {}); first bytes {first:.1} ms; {}",
+            best.got,
+            best.got / ceiling,
+            all.join(", "),
+            best.rest
+        );
+    }
+}
+
+/// Memory that nobody has used yet, or for some seconds, is slow on a virtual machine: its host has to find it first.
 fn use_memory(bytes: u64) -> Result<(), Failure> {
     use std::io::Write as _;
     let (mut file, block) = (tempfile::tempfile()?, vec![1; 1 << 20]);
@@ -170,50 +214,63 @@ fn use_memory(bytes: u64) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn sequential(bench: &Bench, with_cache: bool) -> Result<(), Failure> {
-    // Once beforehand: connections, and the kernel's buffers.
-    stream::iter(0..bench.connections as u64)
-        .map(|n| bench.plain("big", n << 20..(n + 1) << 20))
-        .buffer_unordered(bench.connections)
-        .try_for_each(|_| async { Ok(()) })
-        .await?;
-    let plain_cpu = cpu();
-    let ceiling = bench.ceiling().await?;
-    let plain_cpu = cpu() - plain_cpu;
-    let one = Instant::now();
-    bench.plain("big", 0..BLOCK_SIZE).await?;
-    let one = one.elapsed();
+/// `readers` at once, each of its own part of one object, as of a file.
+async fn sequential(bench: &Bench, with_cache: bool, readers: u64) -> Result<(), Failure> {
+    let mut rounds = Vec::new();
+    for _ in 0..ROUNDS {
+        let (ceiling, plain_cpu) = bench.ceiling().await?;
+        let one = Instant::now();
+        bench.plain("big", 0..BLOCK_SIZE).await?;
+        let one = one.elapsed();
 
-    let dir = tempfile::tempdir()?;
-    let (fetcher, object) = bench.fetcher(with_cache.then(|| cache(dir.path())).transpose()?);
-    let streams = Streams::default();
-    let before = bench.moved();
-    let used = cpu();
-    let (began, mut first, mut buffer) = (Instant::now(), None, Vec::new());
-    for at in (0..bench.size).step_by(BLOCK_SIZE as usize) {
-        let range = at..at + BLOCK_SIZE;
-        fetcher.advise(&object, &streams, range.clone(), 0..bench.size);
-        read(&fetcher, &object, range, &mut buffer).await?;
-        first.get_or_insert_with(|| began.elapsed());
+        let dir = tempfile::tempdir()?;
+        let (fetcher, object) = bench.fetcher(with_cache.then(|| cache(dir.path())).transpose()?);
+        let streams = Arc::new(Streams::default());
+        let (before, used, began) = (bench.moved(), cpu(), Instant::now());
+        let size = bench.size;
+        let parts = (0..readers).map(|reader| {
+            let (fetcher, object, streams) =
+                (Arc::clone(&fetcher), Arc::clone(&object), Arc::clone(&streams));
+            let part = reader * size / readers..(reader + 1) * size / readers;
+            tokio::spawn(async move {
+                let (mut first, mut buffer) = (None, Vec::new());
+                for at in part.clone().step_by(BLOCK_SIZE as usize) {
+                    let range = at..at + BLOCK_SIZE;
+                    fetcher.advise(&object, &streams, range.clone(), part.clone());
+                    read(&fetcher, &object, range, &mut buffer).await?;
+                    first.get_or_insert_with(|| began.elapsed());
+                }
+                Ok::<_, Failure>(first.unwrap_or_default())
+            })
+        });
+        let mut first = Duration::MAX;
+        for part in futures::future::join_all(parts).await {
+            first = first.min(part??);
+        }
+        let (took, used) = (began.elapsed(), cpu() - used);
+        let (after, stats) = (bench.moved(), fetcher.stats());
+        rounds.push(Round {
+            got: mb(size, took),
+            ceiling,
+            first: ms(first),
+            rest: format!(
+                "one plain GET {:.1} ms; {} GETs ({} hedges, {} retries), {:.3} bytes fetched per byte read, {} blocks not cached; {used:.2} CPU seconds, plain {plain_cpu:.2}",
+                ms(one),
+                after.0 - before.0,
+                stats.hedges,
+                stats.retries,
+                (after.1 - before.1) as f64 / size as f64,
+                stats.fills_dropped,
+            ),
+        });
     }
-    let got = mb(bench.size, began.elapsed());
-    let after = bench.moved();
-    let stats = fetcher.stats();
-    println!(
-        "sequential, {} MiB, {} connections, {}: {got:.0} MB/s of {ceiling:.0} ({:.2}); first bytes {:.1} ms, one plain GET {:.1} ms; {} GETs ({} hedges, {} retries), {:.3} bytes fetched per byte read, {} blocks not cached; {:.2} CPU seconds, plain {plain_cpu:.2}",
+    let label = format!(
+        "sequential, {} MiB, {readers} reader(s), {} connections, {}",
         bench.size >> 20,
         bench.connections,
         if with_cache { "cache on disk" } else { "no cache" },
-        got / ceiling,
-        ms(first.unwrap_or_default()),
-        ms(one),
-        after.0 - before.0,
-        stats.hedges,
-        stats.retries,
-        (after.1 - before.1) as f64 / bench.size as f64,
-        stats.fills_dropped,
-        cpu() - used
     );
+    print_best(&label, &rounds);
     Ok(())
 }
 
@@ -340,14 +397,6 @@ async fn small_files(bench: &Bench, files: u64, in_an_object: u64, ahead: Ahead)
         .try_for_each(|_| async { Ok(()) })
         .await?;
     let serial = some as f64 / began.elapsed().as_secs_f64();
-    let ceiling = bench.ceiling().await?;
-
-    let dir = tempfile::tempdir()?;
-    let fetcher = Fetcher::new(
-        config(bench.connections),
-        Some(cache(dir.path())?),
-        tokio::runtime::Handle::current(),
-    );
     let recorder = Recorder::default();
     let mut order: Vec<u64> = (0..files).collect();
     order.sort_by_key(|n| n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 7);
@@ -357,52 +406,75 @@ async fn small_files(bench: &Bench, files: u64, in_an_object: u64, ahead: Ahead)
             .iter()
             .for_each(|(_, (object, range))| recorder.wanted(*object, range));
     }
-    let profile = recorder.profile();
-    let (before, used) = (bench.moved(), cpu());
-    let began = Instant::now();
-    let runtime = tokio::runtime::Handle::current();
-    let following = {
-        let (fetcher, sources) = (Arc::clone(&fetcher), sources.clone());
-        tokio::spawn(async move {
-            let open = |number| Ok(fetcher.open("bench", sources.source(number)?));
-            bring(&fetcher, profile.ranges(), open).await;
-        })
-    };
-    let content = Arc::new(Fetched::new(
-        Arc::clone(&fetcher),
-        sources,
-        "bench".into(),
-        policy,
-        &runtime,
-    ));
     let places = Arc::new(places);
-    let readers = (0..8).map(|reader| {
-        let (content, places) = (Arc::clone(&content), Arc::clone(&places));
-        tokio::spawn(async move {
-            let (mut buffer, mut times) = (Vec::new(), Vec::new());
-            for (file, (object, range)) in places.iter().skip(reader).step_by(8) {
-                let began = Instant::now();
-                let there = content.read_cached(*object, range.clone(), &mut buffer);
-                content.advise(Ino(*file), *object, range.clone(), range.clone());
-                if !there {
-                    content.read(*object, range.clone()).await?;
+    let mut rounds = Vec::new();
+    for _ in 0..ROUNDS {
+        let (ceiling, plain_cpu) = bench.ceiling().await?;
+        let dir = tempfile::tempdir()?;
+        let fetcher = Fetcher::new(
+            config(bench.connections),
+            Some(cache(dir.path())?),
+            tokio::runtime::Handle::current(),
+        );
+        let profile = recorder.profile();
+        let (before, used) = (bench.moved(), cpu());
+        let began = Instant::now();
+        let runtime = tokio::runtime::Handle::current();
+        let following = {
+            let (fetcher, sources) = (Arc::clone(&fetcher), sources.clone());
+            tokio::spawn(async move {
+                let open = |number| Ok(fetcher.open("bench", sources.source(number)?));
+                bring(&fetcher, profile.ranges(), open).await;
+            })
+        };
+        let content = Arc::new(Fetched::new(
+            Arc::clone(&fetcher),
+            sources.clone(),
+            "bench".into(),
+            policy,
+            &runtime,
+        ));
+        let readers = (0..8).map(|reader| {
+            let (content, places) = (Arc::clone(&content), Arc::clone(&places));
+            tokio::spawn(async move {
+                let (mut buffer, mut times) = (Vec::new(), Vec::new());
+                for (file, (object, range)) in places.iter().skip(reader).step_by(8) {
+                    let began = Instant::now();
+                    let there = content.read_cached(*object, range.clone(), &mut buffer);
+                    content.advise(Ino(*file), *object, range.clone(), range.clone());
+                    if !there {
+                        content.read(*object, range.clone()).await?;
+                    }
+                    times.push(began.elapsed());
                 }
-                times.push(began.elapsed());
-            }
-            Ok::<_, Failure>(times)
-        })
+                Ok::<_, Failure>(times)
+            })
+        });
+        let mut times = Vec::new();
+        for done in futures::future::join_all(readers).await {
+            times.extend(done??);
+        }
+        let took = began.elapsed();
+        let used = cpu() - used;
+        drop(content);
+        following.abort();
+        let (after, stats) = (bench.moved(), fetcher.stats());
+        let rate = files as f64 / took.as_secs_f64();
+        rounds.push(Round {
+        got: mb(files * FILE, took),
+        ceiling,
+        first: percentile(&mut times, 0),
+        rest: format!(
+            "{rate:.0} files/s, {:.1} x 8 readers with one GET at a time ({serial:.0}); a file p50 {:.1} ms, p99 {:.1} ms; {} GETs, {:.2} bytes fetched per byte read, {} blocks not cached; {used:.2} CPU seconds, plain {plain_cpu:.2}",
+            rate / serial,
+            percentile(&mut times, 50),
+            percentile(&mut times, 99),
+            after.0 - before.0,
+            (after.1 - before.1) as f64 / (files * FILE) as f64,
+            stats.fills_dropped
+        ),
     });
-    let mut times = Vec::new();
-    for done in futures::future::join_all(readers).await {
-        times.extend(done??);
     }
-    let took = began.elapsed();
-    let used = cpu() - used;
-    drop(content);
-    following.abort();
-    let (after, stats) = (bench.moved(), fetcher.stats());
-    let got = mb(files * FILE, took);
-    let rate = files as f64 / took.as_secs_f64();
     let kind = if in_an_object == 1 {
         "one object each"
     } else {
@@ -412,17 +484,11 @@ async fn small_files(bench: &Bench, files: u64, in_an_object: u64, ahead: Ahead)
         Ahead::Prefetch(policy) => format!("--prefetch {policy}"),
         Ahead::Profile => "a profile and no prefetch".to_owned(),
     };
-    println!(
-        "{files} files of 100 KiB, {kind}, {} connections, 8 readers, shuffled, {ahead}, cache on disk: {rate:.0} files/s, {got:.0} MB/s of {ceiling:.0} ({:.2}); 8 readers x one GET at a time: {serial:.0} files/s ({:.1} x); a file p50 {:.1} ms, p99 {:.1} ms; {} GETs, {:.2} bytes fetched per byte read, {} blocks not cached, {used:.2} CPU seconds",
-        bench.connections,
-        got / ceiling,
-        rate / serial,
-        percentile(&mut times, 50),
-        percentile(&mut times, 99),
-        after.0 - before.0,
-        (after.1 - before.1) as f64 / (files * FILE) as f64,
-        stats.fills_dropped
+    let label = format!(
+        "{files} files of 100 KiB, {kind}, {} connections, 8 readers, shuffled, {ahead}, cache on disk",
+        bench.connections
     );
+    print_best(&label, &rounds);
     Ok(())
 }
 
@@ -443,14 +509,15 @@ async fn main() -> Result<(), Failure> {
         size,
         connections: connections.last().copied().unwrap_or(1),
     };
-    use_memory(2 * size)?;
     let only = argument("--only");
     let wanted = |name: &str| only.as_deref().is_none_or(|only| only == name);
     if wanted("sequential") {
         for connections in &connections {
             bench.connections = *connections;
-            for with_cache in [false, true] {
-                sequential(&bench, with_cache).await?;
+            for readers in [1, 8] {
+                for with_cache in [false, true] {
+                    sequential(&bench, with_cache, readers).await?;
+                }
             }
         }
     }

@@ -246,6 +246,7 @@ impl Cache {
             abilities: disk::Abilities {
                 punch: false,
                 attributes: false,
+                reserve: false,
             },
             epochs: Epochs::unrecorded(BootId::current()),
         };

@@ -30,9 +30,15 @@ use crate::{
 
 pub const HOST_FILE: &str = "/etc/grid-mount/config.toml";
 
-/// What the memory limit is by default: less where a control group allows little.
-const MEMORY_MOST: u64 = 512 << 20;
-const MEMORY_LEAST: u64 = 32 << 20;
+/// The memory limit by default, where `allowed` bytes are what this process may have: a sixteenth of that, since
+/// who has fast connections has memory, and what they carry in a round trip must fit. From 512 MiB, or a
+/// quarter where there is less than 2 GiB, to 2 GiB. The rest is for the page cache and whoever else is there.
+pub fn default_memory_limit(allowed: Option<u64>) -> u64 {
+    const USUAL: u64 = 512 << 20;
+    allowed.map_or(USUAL, |bytes| {
+        (bytes / 16).clamp(USUAL, 2 << 30).min(bytes / 4).max(32 << 20)
+    })
+}
 
 /// Every setting, as named in files. `GRID_MOUNT_` and the upper-case name is the environment's name,
 /// `--` and the name with hyphens the flag's.
@@ -371,7 +377,7 @@ pub struct Inputs {
     /// The login name, if there is one.
     pub login: Option<String>,
     pub is_root: bool,
-    /// Bytes that this process's control groups let it have, if they say.
+    /// Bytes of memory that this process may have, if known: the machine's, or what control groups let it.
     pub memory_allowed: Option<u64>,
 }
 
@@ -515,9 +521,7 @@ impl Settings {
             cache_min_free: layers.get("cache_min_free", str::parse, || Ok(DiskShare::Percent(5)))?,
             cache_verify: layers.get("cache_verify", str::parse, || Ok(CacheVerify::EarlierBoot))?,
             memory_limit: layers.get("memory_limit", str::parse, || {
-                // The rest of what a group has is for its page cache and whoever else is in it.
-                let allowed = inputs.memory_allowed.map_or(u64::MAX, |bytes| bytes / 4);
-                Ok(ByteSize(allowed.clamp(MEMORY_LEAST, MEMORY_MOST)))
+                Ok(ByteSize(default_memory_limit(inputs.memory_allowed)))
             })?,
             connections: layers.get("connections", connections, || Ok(64))?,
             read_deadline: layers.get("read_deadline", seconds, || Ok(Duration::from_secs(60)))?,

@@ -10,6 +10,7 @@ mod fills;
 mod job;
 mod pool;
 mod readahead;
+mod readers;
 mod recent;
 mod stats;
 
@@ -31,7 +32,8 @@ use self::{
     fills::{Fill, Fills},
     job::Job,
     pool::{Pool, Urgency},
-    recent::Recent,
+    readers::Readers,
+    recent::{Beside, Recent},
     stats::{Accounts, Tally},
 };
 pub use self::{error::FetchError, pool::Priority, readahead::Streams, stats::FetchStats};
@@ -52,8 +54,6 @@ pub struct FetchConfig {
     pub memory_limit: u64,
     /// No reader waits longer than this for one request.
     pub read_deadline: Duration,
-    /// Largest readahead window of one stream, bytes.
-    pub max_readahead: u64,
 }
 
 /// What must be known of an object to fetch it.
@@ -110,6 +110,7 @@ pub struct Fetcher {
     low_memory: Arc<Semaphore>,
     /// Without room to keep it, what is fetched ahead would be fetched twice: less than what `recent` holds.
     largest_window: u64,
+    readers: Arc<Readers>,
     recent: Arc<Recent>,
     fills: Option<Fills>,
     buffers: Arc<Buffers>,
@@ -122,20 +123,25 @@ pub struct Fetcher {
 
 impl Fetcher {
     pub fn new(config: FetchConfig, cache: Option<Arc<Cache>>, runtime: tokio::runtime::Handle) -> Arc<Self> {
-        // A quarter of the memory is for what waits for the cache's disk. The rest holds what is on its way and
-        // what arrived; three quarters of that may be on its way, three quarters of those with nobody waiting.
+        // The memory holds what is on its way and what arrived. Two thirds may be on its way, most of them with
+        // nobody waiting; a quarter waits for the cache's disk, and has a place even then.
         let limit = usize::try_from(config.memory_limit / BLOCK_SIZE).unwrap_or(usize::MAX);
-        let places = (limit / 4).clamp(BLOCKS_PER_EXTENT as usize, 1 << 14);
-        let blocks = (limit / 4 * 3).clamp(3 * BLOCKS_PER_EXTENT as usize, Semaphore::MAX_PERMITS);
-        let recent = Arc::new(Recent::new(blocks, cache.is_some()));
-        let in_flight = (blocks / 4 * 3).max(2 * BLOCKS_PER_EXTENT as usize);
+        let blocks = limit.clamp(3 * BLOCKS_PER_EXTENT as usize, Semaphore::MAX_PERMITS);
+        let places = (blocks / 4).clamp(BLOCKS_PER_EXTENT as usize, 1 << 14);
+        let beside = match &cache {
+            None => Beside::Nothing,
+            Some(cache) if cache.usage().max_bytes / 4 < config.memory_limit => Beside::SmallCache,
+            Some(_) => Beside::Cache,
+        };
+        let recent = Arc::new(Recent::new(blocks, beside));
+        let in_flight = (blocks / 3 * 2).max(2 * BLOCKS_PER_EXTENT as usize);
+        let ahead = in_flight / 8 * 7;
         let tally = Arc::new(Tally::default());
         let fills = cache.as_ref().and_then(|_| Fills::start(&tally, &recent, places));
         Arc::new(Self {
-            // More than all connections can be busy with helps nobody.
-            largest_window: ((blocks / 4 * 3) as u64 * BLOCK_SIZE)
-                .min(config.connections as u64 * 5 / 4 * EXTENT_SIZE)
-                .min(config.max_readahead),
+            // Of more than an extent for each connection, and the next one, nobody has anything.
+            largest_window: (ahead as u64 * BLOCK_SIZE).min(config.connections as u64 * 2 * EXTENT_SIZE),
+            readers: Arc::default(),
             recent,
             config,
             cache,
@@ -144,7 +150,7 @@ impl Fetcher {
             pools: Arc::default(),
             memory: Arc::new(Semaphore::new(in_flight)),
             memory_blocks: in_flight,
-            low_memory: Arc::new(Semaphore::new(in_flight / 4 * 3)),
+            low_memory: Arc::new(Semaphore::new(ahead)),
             fills,
             buffers: Arc::default(),
             tally,
@@ -168,6 +174,7 @@ impl Fetcher {
             memory_blocks: self.memory_blocks,
             low_memory: Arc::clone(&self.low_memory),
             largest_window: self.largest_window,
+            readers: Arc::clone(&self.readers),
             recent: Arc::clone(&self.recent),
             fills: self.fills.clone(),
             buffers: Arc::clone(&self.buffers),
@@ -481,14 +488,13 @@ impl Fetcher {
     }
 
     /// Hands an arrived block to the cache; waits for the disk only if it is `patient`.
-    async fn fill(&self, object: &FetchObject, block: u64, bytes: &Bytes, purpose: Purpose, patient: bool) {
+    async fn fill(&self, object: &FetchObject, block: u64, purpose: Purpose, patient: bool) {
         let (Some(fills), Some(cached)) = (&self.fills, &object.cached) else {
             return;
         };
         let fill = Fill {
             object: Arc::clone(cached),
             block,
-            bytes: bytes.clone(),
             purpose,
         };
         if patient {

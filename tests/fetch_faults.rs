@@ -44,7 +44,6 @@ fn config() -> FetchConfig {
         connections: 16,
         memory_limit: 128 << 20,
         read_deadline: Duration::from_secs(20),
-        max_readahead: 16 << 20,
     }
 }
 

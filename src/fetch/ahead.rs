@@ -6,6 +6,7 @@
 use std::{
     ops::Range,
     sync::{Arc, atomic::Ordering::Relaxed},
+    time::Instant,
 };
 
 use futures::{StreamExt as _, TryStreamExt as _, stream};
@@ -64,11 +65,17 @@ impl Fetcher {
         range: Range<u64>,
         window: Range<u64>,
     ) {
-        let (ranges, window) = streams.advise(&range, &object.clip(&window), self.largest_window);
-        // Small while the window is: all connections have a part of it, and the next byte comes soon. Large
-        // pieces waste less of each connection on waiting for first bytes.
-        let piece = readahead::even_piece(window / BLOCK_SIZE, self.config.connections as u64);
-        for ahead in ranges {
+        let bounds = object.clip(&window);
+        let now = Instant::now();
+        let readers = self.readers.count(now);
+        let advice = streams.advise(&range, &bounds, self.largest_window / readers);
+        if let Some(stream) = advice.stream {
+            self.readers.saw(stream, now);
+        }
+        let (window, connections) = (advice.window * readers, self.config.connections as u64);
+        for ahead in advice.ahead {
+            let left = bounds.end.saturating_sub(ahead.start) * readers;
+            let piece = readahead::even_piece(window / BLOCK_SIZE, connections, left / BLOCK_SIZE);
             let wanted: Vec<u64> = blocks_covering(&ahead).collect();
             self.fetch_ahead(object, &wanted, Ahead::Stream { piece });
         }
@@ -131,9 +138,7 @@ impl Fetcher {
                                 arrived.clone().ok_or(FetchError::Stopped)??;
                             }
                             // Here, but not in the cache: evicted since, or there was no room in the queue.
-                            Started::Here(bytes) => {
-                                self.fill(object, block, &bytes, Purpose::WarmUp, true).await
-                            }
+                            Started::Here(_) => self.fill(object, block, Purpose::WarmUp, true).await,
                         }
                     }
                     Ok(())

@@ -14,7 +14,6 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 
 use super::{recent::Recent, stats::Tally};
@@ -35,7 +34,6 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(super) struct Fill {
     pub object: Arc<CachedObject>,
     pub block: u64,
-    pub bytes: Bytes,
     pub purpose: Purpose,
 }
 
@@ -87,14 +85,21 @@ impl Fills {
     /// With `places` for blocks that wait to be written. `None`: no thread could be started, and nothing is
     /// cached.
     pub fn start(tally: &Arc<Tally>, recent: &Arc<Recent>, places: usize) -> Option<Self> {
-        let recent = Arc::clone(recent);
+        let (recent, lost) = (Arc::clone(recent), Arc::clone(tally));
         Self::writing(tally, places, move |run| {
             let Some(Queued { fill, .. }) = run.first() else {
                 return Ok(());
             };
-            let blocks: Vec<&[u8]> = run.iter().map(|queued| &queued.fill.bytes[..]).collect();
-            fill.object.fill_run(BlockNo(fill.block), &blocks, fill.purpose)?;
-            recent.written(fill.object.id(), fill.block..fill.block + run.len() as u64);
+            // The bytes are counted where they are kept, not a second time here. Those that had to go meanwhile
+            // are not cached.
+            let there = recent.those_of(fill.object.id(), fill.block..fill.block + run.len() as u64);
+            let found: usize = there.iter().map(|(_, bytes)| bytes.len()).sum();
+            lost.fills_dropped.fetch_add((run.len() - found) as u64, Relaxed);
+            for (first, bytes) in there {
+                let blocks: Vec<&[u8]> = bytes.iter().map(|bytes| &bytes[..]).collect();
+                fill.object.fill_run(BlockNo(first), &blocks, fill.purpose)?;
+                recent.written(fill.object.id(), first..first + blocks.len() as u64);
+            }
             Ok(())
         })
     }
@@ -224,7 +229,6 @@ mod tests {
             Fill {
                 object: Arc::clone(&self.object),
                 block,
-                bytes: Bytes::from_static(b"bytes"),
                 purpose: Purpose::Reader,
             }
         }

@@ -221,14 +221,14 @@ impl Job {
                 && (block + 1..self.blocks().end)
                     .any(|block| flights.get(&block).is_some_and(|flight| flight.waited))
         };
-        self.waiters[self.delivered].send_replace(Some(Ok(bytes.clone())));
+        self.waiters[self.delivered].send_replace(Some(Ok(bytes)));
         self.delivered += 1;
         for share in [&mut self.memory, &mut self.low_memory].into_iter().flatten() {
             drop(share.split(1));
         }
         let patient = self.patient && !waited;
         self.fetcher
-            .fill(&self.object, block, &bytes, self.purpose, patient)
+            .fill(&self.object, block, self.purpose, patient)
             .await;
     }
 

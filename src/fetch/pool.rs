@@ -68,8 +68,8 @@ struct State {
     /// Permits out, by the class they were given to.
     running: [usize; 3],
     queues: [VecDeque<oneshot::Sender<Permit>>; 3],
-    /// When a waiting reader last asked for a connection.
-    last_waited: Option<Instant>,
+    /// When a waiting reader last asked for a connection, and when before that: once is how a stream begins.
+    last_waited: [Option<Instant>; 2],
     resume_at: Option<Instant>,
     slow_downs: u32,
 }
@@ -95,7 +95,7 @@ impl Pool {
             state: Mutex::new(State {
                 running: [0; 3],
                 queues: Default::default(),
-                last_waited: None,
+                last_waited: [None; 2],
                 resume_at: None,
                 slow_downs: 0,
             }),
@@ -105,7 +105,7 @@ impl Pool {
     /// How many connections requests of this class may hold.
     fn share(&self, class: Priority, state: &State) -> usize {
         let reserve = (self.connections / 4).max(1);
-        let quiet = |period| state.last_waited.is_none_or(|at| at.elapsed() >= period);
+        let quiet = |period| state.last_waited[1].is_none_or(|at| at.elapsed() >= period);
         match class {
             Priority::Waited => self.most(class),
             Priority::Readahead if quiet(A_READER_MAY_COME_BACK) => self.connections,
@@ -147,7 +147,7 @@ impl Pool {
             let turn = {
                 let mut state = self.state.lock();
                 if urgency.born_waited {
-                    state.last_waited = Some(Instant::now());
+                    state.last_waited = [Some(Instant::now()), state.last_waited[0]];
                 }
                 // Those who gave up waiting there, perhaps this very request, are in nobody's way.
                 state.queues[class as usize].retain(|turn| !turn.is_closed());

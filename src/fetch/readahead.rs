@@ -3,10 +3,14 @@
 //! Owns the detection of streams: sequential, backward and strided, several at once on one inode. Knows
 //! nothing of fetching: it turns reads into ranges worth having.
 
-use std::ops::Range;
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+};
 
 use parking_lot::Mutex;
 
+use super::readers::StreamId;
 use crate::block::{BLOCK_SIZE, EXTENT_SIZE};
 
 /// Readahead state of one inode: several streams.
@@ -34,7 +38,7 @@ const KERNEL_REQUEST: u64 = 512 << 10;
 /// So many reads in a row that each end where the one before began are going backward.
 const BACKWARD: u32 = 3;
 const FIRST_WINDOW: u64 = 2 << 20;
-/// A proven window grows by this factor: each step costs a round trip, and a fast origin takes three.
+/// A first window that is proven grows by this factor, and the next to the largest: each step costs a round trip.
 const GROWTH: u64 = 16;
 /// A window is proven by reading this part of it. Not more: until then the connections have too little to do.
 const PROOF: u64 = 4;
@@ -46,6 +50,7 @@ const TELLING_LENGTH: u64 = 64 << 10;
 
 #[derive(Debug)]
 struct Stream {
+    id: StreamId,
     /// Where it was met first.
     start: u64,
     last: Range<u64>,
@@ -62,6 +67,16 @@ struct Stream {
     window: u64,
     /// Reading on to here proves the window right.
     proof: u64,
+}
+
+/// What is worth fetching after a read.
+#[derive(Debug, Default)]
+pub(super) struct Advice {
+    pub ahead: Vec<Range<u64>>,
+    /// Bytes that the stream is kept ahead.
+    pub window: u64,
+    /// The stream, if the read belongs to one.
+    pub stream: Option<StreamId>,
 }
 
 impl Stream {
@@ -94,16 +109,10 @@ impl Streams {
         Self::default()
     }
 
-    /// What to fetch after a read of `range`, within `bounds`, and the window it belongs to, which `largest`
-    /// bounds.
-    pub(super) fn advise(
-        &self,
-        range: &Range<u64>,
-        bounds: &Range<u64>,
-        largest: u64,
-    ) -> (Vec<Range<u64>>, u64) {
+    /// What to fetch after a read of `range`, within `bounds`, where no window is above `largest`.
+    pub(super) fn advise(&self, range: &Range<u64>, bounds: &Range<u64>, largest: u64) -> Advice {
         if range.is_empty() || largest < BLOCK_SIZE {
-            return (Vec::new(), 0);
+            return Advice::default();
         }
         let State { streams, learned } = &mut *self.streams.lock();
         let largest = largest.min(learned.unwrap_or(u64::MAX));
@@ -111,6 +120,7 @@ impl Streams {
         // The most recently used stream stands last; the first is the one to forget.
         let stream = streams.remove(at);
         let (window, ran) = (stream.window, stream.front.abs_diff(stream.start));
+        let id = (window > 0).then_some(stream.id);
         streams.push(stream);
         if streams.len() > MOST_STREAMS {
             let forgotten = streams.remove(0);
@@ -120,7 +130,11 @@ impl Streams {
         *learned = learned
             .map(|most| if ran > 2 * most { 2 * most } else { most })
             .filter(|most| *most < MOST_LEARNED);
-        (ahead, window)
+        Advice {
+            ahead,
+            window,
+            stream: id,
+        }
     }
 
     fn follow(
@@ -176,7 +190,10 @@ impl Streams {
             };
             stream.asked = stream.asked.max(stream.front);
             if stream.front >= stream.proof && stream.proof > 0 {
-                stream.window = (stream.window * GROWTH).min(largest);
+                stream.window = match stream.window {
+                    ..=FIRST_WINDOW => (stream.window * GROWTH).min(largest),
+                    _ => largest,
+                };
                 stream.proof = 0;
             }
             // Topped up in large pieces: an extent, or half of a smaller window.
@@ -266,7 +283,9 @@ impl Streams {
         }
         let telling = range.start == bounds.start && range.end - range.start >= TELLING_LENGTH;
         let window = if telling { FIRST_WINDOW.min(largest) } else { 0 };
+        static STREAMS: AtomicU64 = AtomicU64::new(0);
         streams.push(Stream {
+            id: StreamId(STREAMS.fetch_add(1, Relaxed)),
             start: range.start,
             last: range.clone(),
             front: range.end,
@@ -276,7 +295,7 @@ impl Streams {
             back: 0,
             confirmed: 0,
             window,
-            proof: if telling { range.end + window / 2 } else { 0 },
+            proof: if telling { range.end + window / PROOF } else { 0 },
         });
         (
             if telling {
@@ -297,12 +316,20 @@ pub(super) fn piece_size(blocks: u64, spread: u64) -> u64 {
         .clamp((1 << 20) / BLOCK_SIZE, EXTENT_SIZE / BLOCK_SIZE)
 }
 
-/// How many blocks each GET takes of a stream's window of `blocks`, when `parts` of them are wanted: as
-/// [`piece_size`], and an extent is a whole number of them.
-pub(super) fn even_piece(blocks: u64, parts: u64) -> u64 {
-    let most = (blocks / parts.max(1)).max(1);
+/// How many blocks each GET takes of a stream's window of `blocks` over `connections`, where `left` blocks of the
+/// file are to come: half a mebibyte to an extent, which is a whole number of them. Small while the window is:
+/// all connections have a part of it, and the next byte comes soon. Large pieces waste less of each connection on
+/// waiting for first bytes; but the last ones are halves, so that connections end together.
+pub(super) fn even_piece(blocks: u64, connections: u64, left: u64) -> u64 {
+    const LARGEST: u64 = EXTENT_SIZE / BLOCK_SIZE;
+    let most = (blocks / connections.max(1)).max(1);
     // The largest power of two that is not above.
-    (1 << most.ilog2()).clamp((1 << 20) / BLOCK_SIZE, EXTENT_SIZE / BLOCK_SIZE)
+    let even = (1 << most.ilog2()).clamp((512 << 10) / BLOCK_SIZE, LARGEST);
+    let last = if left <= connections * LARGEST / 8 { 4 } else { 2 };
+    match left <= connections * LARGEST / 2 {
+        true => even.min(LARGEST / last),
+        false => even,
+    }
 }
 
 /// Cuts a run of blocks into pieces of up to `size`.
@@ -327,7 +354,7 @@ mod tests {
         let streams = Streams::new();
         reads
             .into_iter()
-            .flat_map(|read| streams.advise(&read, &WHOLE, LARGEST).0)
+            .flat_map(|read| streams.advise(&read, &WHOLE, LARGEST).ahead)
             .map(|r| r.end - r.start)
             .sum()
     }
@@ -339,7 +366,7 @@ mod tests {
         let mut furthest = 0;
         for n in 0..4000u64 {
             let read = n * BLOCK_SIZE..(n + 1) * BLOCK_SIZE;
-            for ahead in streams.advise(&read, &WHOLE, LARGEST).0 {
+            for ahead in streams.advise(&read, &WHOLE, LARGEST).ahead {
                 assert!(ahead.start <= covered.max(read.end), "a gap before {ahead:?}");
                 covered = covered.max(ahead.end);
             }
@@ -356,7 +383,7 @@ mod tests {
             // Eight at once, in whatever order threads come to them.
             for at in (0..8).map(|n| batch * 8 + (n * 3 + batch) % 8) {
                 let read = at * part..(at + 1) * part;
-                for ahead in streams.advise(&read, &WHOLE, LARGEST).0 {
+                for ahead in streams.advise(&read, &WHOLE, LARGEST).ahead {
                     assert!(covered == 0 || ahead.start <= covered.max(read.end), "a gap");
                     covered = covered.max(ahead.end);
                 }
@@ -380,7 +407,7 @@ mod tests {
                 let read = start..start + BLOCK_SIZE;
                 let there = asked.iter().any(|a| a.start <= read.start && read.end <= a.end);
                 missed += u64::from(n >= 4 && !there);
-                asked.extend(streams.advise(&read, &WHOLE, LARGEST).0);
+                asked.extend(streams.advise(&read, &WHOLE, LARGEST).ahead);
             }
         }
         assert_eq!(missed, 0, "reads that nobody had foreseen");
@@ -400,7 +427,7 @@ mod tests {
         let streams = Streams::new();
         let mut named = std::collections::HashSet::new();
         for read in (0..200u64).map(|n| n * (8 << 20)..n * (8 << 20) + (1 << 20)) {
-            for ahead in streams.advise(&read, &WHOLE, LARGEST).0 {
+            for ahead in streams.advise(&read, &WHOLE, LARGEST).ahead {
                 named.extend(ahead.start / BLOCK_SIZE..ahead.end.div_ceil(BLOCK_SIZE));
             }
         }
@@ -426,7 +453,7 @@ mod tests {
             let start = n * (1 << 30) + n * n * (1 << 20);
             (0..length / BLOCK_SIZE)
                 .map(|b| start + b * BLOCK_SIZE..start + (b + 1) * BLOCK_SIZE)
-                .flat_map(|read| streams.advise(&read, &WHOLE, LARGEST).0)
+                .flat_map(|read| streams.advise(&read, &WHOLE, LARGEST).ahead)
                 .map(|ahead| ahead.end - ahead.start)
                 .sum::<u64>()
         };
@@ -469,7 +496,7 @@ mod tests {
             let streams = Streams::new();
             let bounds = 1 << 20..1 << 29;
             for (start, length) in reads {
-                for ahead in streams.advise(&(start..start + length), &bounds, LARGEST).0 {
+                for ahead in streams.advise(&(start..start + length), &bounds, LARGEST).ahead {
                     prop_assert!(ahead.start >= bounds.start && ahead.end <= bounds.end && !ahead.is_empty());
                 }
             }

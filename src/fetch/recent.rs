@@ -2,9 +2,9 @@
 //!
 //! Bridges the time between a block's arrival and its being in the cache, and stands in for a cache that is
 //! absent, full or broken, so that sequential readers do not fetch a block twice. What was read and is in the cache
-//! goes first, then what is one of these, then the rest, each in order of arrival: were blocks kept for being read, those
-//! fetched ahead would go before their reader comes. What is on its way has its place here from the moment it
-//! is asked for, and other blocks go for it.
+//! goes first, then what is in the cache, then what was read and would not be cached, then the rest, each in order of
+//! arrival: were blocks kept for being read, those fetched ahead would go before their reader comes. What is on its way
+//! has its place here from the moment it is asked for, and other blocks go for it.
 
 use std::{ops::Range, sync::Arc};
 
@@ -14,26 +14,36 @@ use parking_lot::Mutex;
 
 use crate::cache::ObjectId;
 
+/// 64 MiB.
+const A_LITTLE_MOST: usize = 512;
+
 type Key = (ObjectId, u64);
 
 pub(super) struct Recent {
     /// Blocks, those on their way and those here.
     capacity: usize,
-    /// A cache keeps what is here, sooner or later.
-    cached: bool,
+    beside: Beside,
     state: Mutex<State>,
+}
+
+/// What keeps blocks for longer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Beside {
+    Nothing,
+    /// A cache that may have let go of a block before its reader comes: it is not much larger than this.
+    SmallCache,
+    Cache,
 }
 
 struct State {
     reserved: usize,
     /// Neither read nor in the cache.
     here: LruCache<Key, Bytes>,
-    /// In the cache, and not read.
+    /// In the cache, and not read: of little use if the cache is large.
     written: LruCache<Key, Bytes>,
     /// Read to their end, and not in the cache.
     read: LruCache<Key, Bytes>,
-    /// Both, as far as there is a cache. Kept a little longer for those who follow closely: an eighth of the
-    /// capacity at most.
+    /// Both, as far as there is a cache. Kept a little longer for those who follow closely.
     spent: LruCache<Key, Bytes>,
 }
 
@@ -44,10 +54,10 @@ pub(super) struct Reserved {
 }
 
 impl Recent {
-    pub fn new(blocks: usize, cached: bool) -> Self {
+    pub fn new(blocks: usize, beside: Beside) -> Self {
         Self {
             capacity: blocks,
-            cached,
+            beside,
             state: Mutex::new(State {
                 reserved: 0,
                 here: LruCache::unbounded(),
@@ -56,6 +66,12 @@ impl Recent {
                 spent: LruCache::unbounded(),
             }),
         }
+    }
+
+    /// How many blocks are kept though little speaks for it. Memory that is used again soon is still in the
+    /// processor's caches.
+    fn a_little(&self) -> usize {
+        (self.capacity / 8).min(A_LITTLE_MOST)
     }
 
     /// Makes room. That no more is reserved than there is room for is the caller's to see to.
@@ -72,12 +88,21 @@ impl Recent {
     }
 
     pub fn get(&self, object: ObjectId, block: u64) -> Option<Bytes> {
+        self.state.lock().get(&(object, block))
+    }
+
+    /// Those of the blocks that are here, in runs of neighbours, each with its first.
+    pub fn those_of(&self, object: ObjectId, blocks: Range<u64>) -> Vec<(u64, Vec<Bytes>)> {
         let state = self.state.lock();
-        let key = (object, block);
-        let found = [&state.here, &state.written, &state.read, &state.spent]
-            .into_iter()
-            .find_map(|blocks| blocks.peek(&key));
-        found.cloned()
+        let mut runs: Vec<(u64, Vec<Bytes>)> = Vec::new();
+        for block in blocks {
+            match (state.get(&(object, block)), runs.last_mut()) {
+                (Some(bytes), Some((first, run))) if *first + run.len() as u64 == block => run.push(bytes),
+                (Some(bytes), _) => runs.push((block, vec![bytes])),
+                (None, _) => {}
+            }
+        }
+        runs
     }
 
     /// The cache has these.
@@ -87,8 +112,11 @@ impl Recent {
         for key in blocks.map(|block| (object, block)) {
             if let Some(bytes) = state.here.pop(&key) {
                 gone.extend(state.written.push(key, bytes));
+                if self.beside == Beside::Cache && state.written.len() > self.a_little() {
+                    gone.extend(state.written.pop_lru());
+                }
             } else if let Some(bytes) = state.read.pop(&key) {
-                gone.extend(state.spend(key, bytes, self.capacity));
+                gone.extend(state.spend(key, bytes, self.a_little()));
             }
         }
         drop(state);
@@ -100,11 +128,11 @@ impl Recent {
         let key = (object, block);
         let mut state = self.state.lock();
         let gone = if let Some(bytes) = state.written.pop(&key) {
-            state.spend(key, bytes, self.capacity)
+            state.spend(key, bytes, self.a_little())
         } else if let Some(bytes) = state.here.pop(&key) {
-            match self.cached {
-                true => state.read.push(key, bytes),
-                false => state.spend(key, bytes, self.capacity),
+            match self.beside {
+                Beside::SmallCache | Beside::Cache => state.read.push(key, bytes),
+                Beside::Nothing => state.spend(key, bytes, self.a_little()),
             }
         } else {
             None
@@ -115,22 +143,29 @@ impl Recent {
 }
 
 impl State {
+    fn get(&self, key: &Key) -> Option<Bytes> {
+        let found = [&self.here, &self.written, &self.read, &self.spent]
+            .into_iter()
+            .find_map(|blocks| blocks.peek(key));
+        found.cloned()
+    }
+
     /// What falls out is for dropping after the lock.
     fn shrink(&mut self, capacity: usize) -> Vec<(Key, Bytes)> {
         let room = capacity.saturating_sub(self.reserved);
         let mut gone = Vec::new();
         while self.kept() > room {
-            let first = self.spent.pop_lru().or_else(|| self.read.pop_lru());
-            let next = first.or_else(|| self.written.pop_lru());
+            let first = self.spent.pop_lru().or_else(|| self.written.pop_lru());
+            let next = first.or_else(|| self.read.pop_lru());
             gone.extend(next.or_else(|| self.here.pop_lru()));
         }
         gone
     }
 
     /// What falls out is for dropping after the lock.
-    fn spend(&mut self, key: Key, bytes: Bytes, capacity: usize) -> Option<(Key, Bytes)> {
+    fn spend(&mut self, key: Key, bytes: Bytes, most: usize) -> Option<(Key, Bytes)> {
         let before = self.spent.push(key, bytes);
-        match self.spent.len() > capacity / 8 {
+        match self.spent.len() > most {
             true => self.spent.pop_lru(),
             false => before,
         }
@@ -178,7 +213,7 @@ mod tests {
 
     #[test]
     fn what_is_of_least_use_goes_first() {
-        let recent = Arc::new(Recent::new(8, true));
+        let recent = Arc::new(Recent::new(8, Beside::SmallCache));
         let mut reserved = recent.reserve(5);
         for block in 0..5 {
             reserved.arrived(object(), block, Bytes::from(vec![block as u8]));
@@ -189,8 +224,8 @@ mod tests {
         recent.written(object(), 3..4);
         let mut there: Vec<u64> = (0..5).collect();
         let mut room = vec![recent.reserve(3)];
-        // Read and in the cache; read; in the cache; and then in order of arrival.
-        for next in [3, 2, 1, 0, 4] {
+        // Read and in the cache; in the cache; read; and then in order of arrival.
+        for next in [3, 1, 2, 0, 4] {
             let found = there
                 .iter()
                 .filter(|block| recent.get(object(), **block).is_some());
@@ -203,8 +238,12 @@ mod tests {
 
     #[test]
     fn what_is_read_and_waits_for_the_cache_stays_as_long_as_there_is_room() {
-        for (cached, kept) in [(true, 64), (false, 8)] {
-            let recent = Arc::new(Recent::new(64, cached));
+        for (beside, kept) in [
+            (Beside::Cache, 64),
+            (Beside::SmallCache, 64),
+            (Beside::Nothing, 8),
+        ] {
+            let recent = Arc::new(Recent::new(64, beside));
             let mut reserved = recent.reserve(64);
             for block in 0..64 {
                 reserved.arrived(object(), block, Bytes::from_static(b"x"));
@@ -215,11 +254,27 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_a_large_cache_has_is_kept_a_little() {
+        for (beside, kept) in [(Beside::Cache, 8), (Beside::SmallCache, 64)] {
+            let recent = Arc::new(Recent::new(64, beside));
+            let mut reserved = recent.reserve(64);
+            for block in 0..64 {
+                reserved.arrived(object(), block, Bytes::from_static(b"x"));
+                recent.written(object(), block..block + 1);
+            }
+            let there: Vec<u64> = (0..64)
+                .filter(|block| recent.get(object(), *block).is_some())
+                .collect();
+            assert_eq!(there, Vec::from_iter(64 - kept..64));
+        }
+    }
+
     proptest! {
         #[test]
-        fn no_more_is_kept_than_there_is_room_for(cached: bool, steps in prop::collection::vec((0u8..5, 0u64..32), 1..200)) {
+        fn no_more_is_kept_than_there_is_room_for(beside in 0usize..3, steps in prop::collection::vec((0u8..5, 0u64..32), 1..200)) {
             const ROOM: usize = 16;
-            let recent = Arc::new(Recent::new(ROOM, cached));
+            let recent = Arc::new(Recent::new(ROOM, [Beside::Nothing, Beside::SmallCache, Beside::Cache][beside]));
             let mut reserved: Vec<Reserved> = Vec::new();
             for (step, block) in steps {
                 match step {

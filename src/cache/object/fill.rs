@@ -106,12 +106,17 @@ impl CachedObject {
         let context = |error| CacheError::io("writing a block", error);
         let mut words = [0; BLOCKS_PER_EXTENT as usize];
         let words = &mut words[..blocks.len()];
+        let range = self.bytes_of(first, blocks.len());
+        if blocks.len() > 1 && self.shared.abilities.reserve {
+            // What this could not do, the write will tell of.
+            let _ = disk::reserve(&files.data, range.clone());
+        }
         // Before the epoch is held, which is for as short as can be.
         for (word, bytes) in words.iter_mut().zip(blocks) {
             *word = u64::from(crc32c(bytes));
         }
         let writing = self.shared.epochs.write();
-        disk::write_parts_at(&files.data, blocks, first.byte_range(self.size).start).map_err(context)?;
+        disk::write_parts_at(&files.data, blocks, range.start).map_err(context)?;
         for (word, block) in words.iter_mut().zip((first.0..).map(BlockNo)) {
             let slot = Slot {
                 sum: *word as u32,
