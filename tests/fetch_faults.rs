@@ -348,6 +348,36 @@ async fn a_sequential_reader_without_a_cache_fetches_nothing_twice() {
     assert_eq!(stats.readahead_blocks, stats.readahead_used, "{stats:?}");
 }
 
+/// Were each given what one alone may have, what arrives would push out what nobody has read yet.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sequential_readers_of_many_files_fetch_nothing_twice_in_little_memory() {
+    const READERS: u64 = 12;
+    const PART: u64 = 16 << 20;
+    let config = FetchConfig {
+        memory_limit: 64 << 20,
+        ..config()
+    };
+    let set = set((READERS * PART) as usize, config, Deadlines::data(), false).await;
+    let streams = Vec::from_iter((0..READERS).map(|_| Streams::default()));
+    let mut buffer = Vec::new();
+    for at in (0..PART).step_by(BLOCK_SIZE as usize) {
+        for (reader, streams) in (0..READERS).zip(&streams) {
+            let file = reader * PART..(reader + 1) * PART;
+            let range = file.start + at..file.start + at + BLOCK_SIZE;
+            let Set { fetcher, object, .. } = &set;
+            fetcher.advise(object, streams, range.clone(), file);
+            if fetcher.read_cached(object, range.clone(), &mut buffer).is_none() {
+                buffer = fetcher.read(object, range.clone()).await.unwrap().to_vec();
+            }
+            assert!(buffer == set.data[range.start as usize..range.end as usize]);
+        }
+    }
+    let fetched = set.origin.counts().body_bytes.load(Relaxed);
+    assert_eq!(fetched, READERS * PART);
+    let gets = set.origin.counts().gets.load(Relaxed);
+    assert!(gets < 40 * READERS, "{gets} GETs");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn random_reads_agree_with_the_source_in_little_memory() {
     let config = FetchConfig {

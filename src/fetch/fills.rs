@@ -182,10 +182,14 @@ impl Fills {
 mod tests {
     use std::{sync::mpsc, time::Instant};
 
+    use bytes::Bytes;
     use parking_lot::Mutex;
 
-    use super::*;
-    use crate::cache::{Cache, CacheConfig, ObjectId, VerifyPolicy};
+    use super::{super::recent::Beside, *};
+    use crate::{
+        block::BLOCK_SIZE,
+        cache::{Cache, CacheConfig, ObjectId, VerifyPolicy},
+    };
 
     const QUEUE: usize = 256;
 
@@ -249,6 +253,26 @@ mod tests {
         // What the threads have in hand holds its room, too.
         assert_eq!(shim.dropped(), 10_000 - QUEUE as u64);
         assert!(!shim.fills.keep_up());
+    }
+
+    #[test]
+    fn what_had_to_go_before_its_turn_is_not_cached_and_counted() {
+        let shim = Shim::new();
+        let recent = Arc::new(Recent::new(16, Beside::Cache));
+        let (object, mut reserved) = (shim.object.id(), recent.reserve(8));
+        for block in [0, 1, 3] {
+            reserved.arrived(object, block, Bytes::from(vec![7; BLOCK_SIZE as usize]));
+        }
+        let fills = Fills::start(&shim.tally, &recent, 16).unwrap();
+        for block in 0..5 {
+            fills.offer(shim.fill(block));
+        }
+        while fills.room.available_permits() < 16 {
+            std::thread::yield_now();
+        }
+        let cached = (0..5).filter(|block| shim.object.missing(*block..*block + 1).is_empty());
+        assert_eq!(Vec::from_iter(cached), [0, 1, 3]);
+        assert_eq!(shim.dropped(), 2);
     }
 
     #[test]
