@@ -145,6 +145,7 @@ impl Fetcher {
             recent,
             config,
             cache,
+            buffers: Arc::new(Buffers::new(runtime.clone())),
             runtime,
             objects: Arc::default(),
             pools: Arc::default(),
@@ -152,7 +153,6 @@ impl Fetcher {
             memory_blocks: in_flight,
             low_memory: Arc::new(Semaphore::new(ahead)),
             fills,
-            buffers: Arc::default(),
             tally,
             accounts: Arc::default(),
             is_account: false,
@@ -433,6 +433,11 @@ impl Fetcher {
 
     fn piece(&self, blocks: u64) -> u64 {
         readahead::piece_size(blocks, self.config.connections as u64)
+    }
+
+    /// How many connections there are to each origin.
+    pub fn connections(&self) -> usize {
+        self.config.connections
     }
 
     /// How many bytes the cache can still take without evicting; 0 without a cache.

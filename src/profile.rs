@@ -19,7 +19,7 @@ use std::{
 use parking_lot::Mutex;
 
 use crate::{
-    block::{BLOCK_SIZE, blocks_covering},
+    block::{BLOCK_SIZE, EXTENT_SIZE, blocks_covering},
     digest::Digest,
     tree::ObjectNo,
 };
@@ -29,8 +29,11 @@ const MAGIC: [u8; 8] = *b"gm-prof\x01";
 const HEADER: usize = MAGIC.len() + 32 + 4;
 const DIGEST: usize = 32;
 const UNIT_BLOCKS: u64 = 8;
-/// Units that are fetched together: 4 MiB.
-const UNITS_TOGETHER: u64 = 4;
+/// Units that are fetched together: an extent.
+const UNITS_TOGETHER: u64 = EXTENT_SIZE / BLOCK_SIZE / UNIT_BLOCKS;
+/// So many units come in smaller parts, sooner.
+const AT_FIRST: usize = 64;
+const UNITS_AT_FIRST: u64 = UNITS_TOGETHER / 2;
 /// What is recorded, and believed: a quarter of a tebibyte where everything is read.
 const MOST_UNITS: usize = 1 << 18;
 /// Two differences of up to ten bytes, and the bits.
@@ -131,31 +134,39 @@ impl Profile {
 
     /// Runs of wanted blocks, as byte ranges of their objects, in order: but what is wanted near to something
     /// comes along with it, wherever it stands itself. A request for each unit would cost a round trip for a
-    /// mebibyte; this brings forward what comes later by a few mebibytes at a time.
+    /// mebibyte; this brings forward what comes later by half an extent at a time, and once a reader has what
+    /// to begin with, by a whole one.
     pub fn ranges(&self) -> impl Iterator<Item = (ObjectNo, Range<u64>)> + Send {
         let mut places = HashMap::new();
-        let mut together: Vec<(ObjectNo, u64, u32)> = Vec::new();
-        for unit in &self.units {
-            let number = unit.number / UNITS_TOGETHER;
-            let blocks = u32::from(unit.blocks) << (unit.number % UNITS_TOGETHER * UNIT_BLOCKS);
-            match places.entry((unit.object, number)) {
-                Entry::Occupied(place) => {
-                    let place: &usize = place.get();
-                    together[*place].2 |= blocks;
+        // An object, the first unit of some neighbours, and a bit for each of their blocks.
+        let mut together: Vec<(ObjectNo, u64, u64)> = Vec::new();
+        for (at, unit) in self.units.iter().enumerate() {
+            let half = unit.number - unit.number % UNITS_AT_FIRST;
+            let whole = unit.number - unit.number % UNITS_TOGETHER;
+            let known = [(half, UNITS_AT_FIRST), (whole, UNITS_TOGETHER)]
+                .into_iter()
+                .find_map(|(first, count)| places.get(&(unit.object, first, count)));
+            let place = match known {
+                Some(place) => *place,
+                None => {
+                    let (first, count) = match at < AT_FIRST {
+                        true => (half, UNITS_AT_FIRST),
+                        false => (whole, UNITS_TOGETHER),
+                    };
+                    together.push((unit.object, first, 0));
+                    places.insert((unit.object, first, count), together.len() - 1);
+                    together.len() - 1
                 }
-                Entry::Vacant(place) => {
-                    place.insert(together.len());
-                    together.push((unit.object, number, blocks));
-                }
-            }
+            };
+            let (_, first, blocks) = &mut together[place];
+            *blocks |= u64::from(unit.blocks) << ((unit.number - *first) * UNIT_BLOCKS);
         }
-        together.into_iter().flat_map(|(object, number, blocks)| {
-            let first = number * UNITS_TOGETHER * UNIT_BLOCKS;
+        together.into_iter().flat_map(|(object, first, blocks)| {
             let mut bit = 0;
             std::iter::from_fn(move || {
                 bit += (blocks.checked_shr(bit)?).trailing_zeros();
                 let run = blocks.checked_shr(bit)?.trailing_ones();
-                let start = (first + u64::from(bit)) * BLOCK_SIZE;
+                let start = (first * UNIT_BLOCKS + u64::from(bit)) * BLOCK_SIZE;
                 bit += run;
                 (run > 0).then(|| (object, start..start + u64::from(run) * BLOCK_SIZE))
             })
@@ -292,6 +303,25 @@ mod tests {
             ]
         );
         assert_eq!(profile.blocks(), 3);
+    }
+
+    #[test]
+    fn what_is_wanted_later_comes_in_larger_parts() {
+        let extents = 2 * AT_FIRST as u64;
+        // One unit of each extent, and then all others.
+        let mut reads: Vec<_> = (0..extents)
+            .map(|n| (1, n * EXTENT_SIZE, EXTENT_SIZE / 8))
+            .collect();
+        reads.extend((0..extents).map(|n| (1, n * EXTENT_SIZE, EXTENT_SIZE)));
+        let lengths: Vec<u64> = recorded(&reads)
+            .ranges()
+            .map(|(_, range)| range.end - range.start)
+            .collect();
+        let (first, rest) = lengths.split_at(AT_FIRST);
+        assert!(first.iter().all(|length| *length == EXTENT_SIZE / 2));
+        let (whole, halves) = rest.split_at(AT_FIRST);
+        assert!(whole.iter().all(|length| *length == EXTENT_SIZE));
+        assert!(halves.len() == AT_FIRST && halves.iter().all(|length| *length == EXTENT_SIZE / 2));
     }
 
     #[test]

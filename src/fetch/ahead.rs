@@ -70,7 +70,11 @@ impl Fetcher {
         let readers = self.readers.count(now);
         let advice = streams.advise(&range, &bounds, self.largest_window / readers);
         if let Some(stream) = advice.stream {
-            self.readers.saw(stream, now);
+            match range.end < bounds.end {
+                true => self.readers.saw(stream, now),
+                // Whoever reads one file after the other is one reader.
+                false => self.readers.ended(stream),
+            }
         }
         let (window, connections) = (advice.window * readers, self.config.connections as u64);
         for ahead in advice.ahead {

@@ -83,8 +83,8 @@ pub(super) struct Permit {
 
 /// For so long after a waiting reader's request, warm-up keeps to its small share.
 const READERS_ARE_ABOUT: Duration = Duration::from_millis(500);
-/// For so long, readahead leaves the reserve free. A sequential reader's requests are all readahead: it may
-/// have everything.
+/// For so long after the last but one, readahead leaves the reserve free. A sequential reader's requests are all
+/// readahead but the first: it may have everything.
 const A_READER_MAY_COME_BACK: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(4);
 
@@ -105,12 +105,13 @@ impl Pool {
     /// How many connections requests of this class may hold.
     fn share(&self, class: Priority, state: &State) -> usize {
         let reserve = (self.connections / 4).max(1);
-        let quiet = |period| state.last_waited[1].is_none_or(|at| at.elapsed() >= period);
+        let [last, before] = state.last_waited;
+        let quiet = |since: Option<Instant>, period| since.is_none_or(|at| at.elapsed() >= period);
         match class {
             Priority::Waited => self.most(class),
-            Priority::Readahead if quiet(A_READER_MAY_COME_BACK) => self.connections,
+            Priority::Readahead if quiet(before, A_READER_MAY_COME_BACK) => self.connections,
             Priority::Readahead => self.connections - reserve,
-            Priority::WarmUp if !quiet(READERS_ARE_ABOUT) => (self.connections / 16).max(1),
+            Priority::WarmUp if !quiet(last, READERS_ARE_ABOUT) => (self.connections / 16).max(1),
             Priority::WarmUp => self.connections - reserve,
         }
     }
@@ -261,6 +262,17 @@ mod tests {
         assert!(queued_low.as_mut().now_or_never().is_none());
         assert!(queued.now_or_never().is_some());
         drop((held, second));
+    }
+
+    #[tokio::test]
+    async fn readahead_takes_the_reserve_until_a_second_reader_waits() {
+        let pool = Pool::new(8);
+        let (low, waited) = (Urgency::new(Priority::Readahead), Urgency::new(Priority::Waited));
+        for (readers, most) in [(1, 8), (2, 6)] {
+            drop(pool.acquire(&waited).await);
+            let held = Vec::from_iter((0..9).map_while(|_| pool.acquire(&low).now_or_never()));
+            assert_eq!(held.len(), most, "after {readers} readers");
+        }
     }
 
     #[tokio::test]

@@ -33,6 +33,11 @@ impl Readers {
         streams.push((stream, now));
     }
 
+    /// It has come to its end.
+    pub fn ended(&self, stream: StreamId) {
+        self.streams.lock().retain(|(other, _)| *other != stream);
+    }
+
     /// How many there are; 1 if there is none.
     pub fn count(&self, now: Instant) -> u64 {
         let streams = self.streams.lock();
@@ -58,6 +63,9 @@ mod tests {
         }
         let last = start + GONE_AFTER / 4 * 9;
         assert_eq!(readers.count(last), 3);
+        readers.ended(StreamId(0));
+        assert_eq!(readers.count(last), 2);
+        readers.saw(StreamId(0), last);
         let later = last + GONE_AFTER / 2;
         readers.saw(StreamId(1), later);
         assert_eq!(readers.count(later), 3);

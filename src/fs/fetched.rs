@@ -33,8 +33,8 @@ const KNOWN_INODES: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
 const KNOWN_BUNDLES: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 /// A file up to this size that shares its object is one of many.
 const SMALL: u64 = 1 << 20;
-/// A warm-up asks for pieces of up to this size, so many at once: of small objects, each a request, enough to
-/// fill a pool of connections, few enough to keep an order.
+/// A warm-up asks for pieces of up to this size, at least so many at once, and enough for all connections: of
+/// small objects, each a request, few enough to keep an order.
 const WARM_PIECE: u64 = 64 << 20;
 const WARM_AT_ONCE: usize = 48;
 /// A version that did not fit the cache is not measured again for so long.
@@ -117,8 +117,9 @@ pub async fn bring(
         fits
     });
     let open = &open;
+    let at_once = WARM_AT_ONCE.max(fetcher.connections() * 5 / 4);
     stream::iter(fitting)
-        .for_each_concurrent(WARM_AT_ONCE, |(number, range)| async move {
+        .for_each_concurrent(at_once, |(number, range)| async move {
             let Ok(object) = open(number) else { return };
             // This mount's own readers will want it: that is readahead, however far. A warm-up for nobody in
             // particular keeps to a small share while readers wait.
