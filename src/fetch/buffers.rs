@@ -2,14 +2,12 @@
 //!
 //! A block is as large as what the allocator maps and unmaps each time: without this, every block costs page
 //! faults, which measured as much as its copies. So blocks are pieces of slabs, which are large enough for the
-//! kernel's huge pages and go back to it when none of their pieces was used for a while: what many connections bring
-//! comes in waves, and the next one fills what the last one left.
+//! kernel's huge pages and go back to it only when none of their pieces is used.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     ptr::NonNull,
     sync::Arc,
-    time::Duration,
 };
 
 use bytes::{Bytes, BytesMut};
@@ -24,16 +22,12 @@ const PIECES: usize = 64;
 const HUGE_PAGE: usize = 2 << 20;
 /// Unused pieces kept: 32 MiB.
 const MOST_IDLE: usize = 256;
-/// More are kept if they were used within this time.
-const LULL: Duration = Duration::from_secs(1);
 /// Unused answers kept, each as long as the longest read that it served: a mebibyte, from a kernel.
 const MOST_ANSWERS: usize = 16;
 const LONGEST_KEPT: usize = 1 << 20;
 
 #[derive(Debug, Default)]
 pub(super) struct Buffers {
-    /// Where what is unused is given back; `None`: nowhere.
-    runtime: Option<tokio::runtime::Handle>,
     state: Mutex<State>,
     answers: Mutex<Vec<Vec<u8>>>,
 }
@@ -44,10 +38,6 @@ struct State {
     /// Those that have an unused piece. The oldest gives first, so that the youngest become empty.
     with_room: BTreeSet<u64>,
     idle: usize,
-    /// The least that `idle` was since it was last looked at.
-    low: usize,
-    /// Somebody will look.
-    watched: bool,
     made: u64,
 }
 
@@ -65,13 +55,6 @@ pub(super) struct Buffer {
 }
 
 impl Buffers {
-    pub fn new(runtime: tokio::runtime::Handle) -> Self {
-        Self {
-            runtime: Some(runtime),
-            ..Self::default()
-        }
-    }
-
     pub fn take(self: &Arc<Self>) -> Buffer {
         let taken = self.state.lock().take();
         let (slab, bytes) = taken.unwrap_or_else(|| {
@@ -99,27 +82,9 @@ impl Buffers {
         })
     }
 
-    fn put_back(self: &Arc<Self>, slab: u64, bytes: BytesMut) {
-        let watch = self.state.lock().put_back(slab, bytes);
-        if let (true, Some(runtime)) = (watch, &self.runtime) {
-            let buffers = Arc::downgrade(self);
-            runtime.spawn(async move {
-                loop {
-                    tokio::time::sleep(LULL).await;
-                    let Some(buffers) = buffers.upgrade() else { return };
-                    if !buffers.trim() {
-                        return;
-                    }
-                }
-            });
-        }
-    }
-
-    /// Gives back what was not used since the last time; `false`: there is no more, for now.
-    fn trim(&self) -> bool {
-        // The kernel takes it without the lock.
-        let (_superfluous, more) = self.state.lock().trim();
-        more
+    fn put_back(&self, slab: u64, bytes: BytesMut) {
+        // What is given back to the kernel is given back without the lock.
+        let _superfluous = self.state.lock().put_back(slab, bytes);
     }
 }
 
@@ -129,7 +94,6 @@ impl State {
         let slab = self.slabs.get_mut(&number)?;
         let piece = slab.idle.pop()?;
         self.idle -= 1;
-        self.low = self.low.min(self.idle);
         if slab.idle.is_empty() {
             self.with_room.remove(&number);
         }
@@ -147,42 +111,18 @@ impl State {
         (number, first)
     }
 
-    /// Whether somebody should begin to look after what is unused.
-    fn put_back(&mut self, number: u64, piece: BytesMut) -> bool {
-        let Some(slab) = self.slabs.get_mut(&number) else {
-            return false;
-        };
+    fn put_back(&mut self, number: u64, piece: BytesMut) -> Option<Slab> {
+        let slab = self.slabs.get_mut(&number)?;
         slab.idle.push(piece);
         self.idle += 1;
         self.with_room.insert(number);
-        let begin = !self.watched && self.is_much();
-        self.watched |= begin;
-        begin
-    }
-
-    fn is_much(&self) -> bool {
-        self.idle >= MOST_IDLE + PIECES
-    }
-
-    fn trim(&mut self) -> (Vec<Slab>, bool) {
-        let surplus = self.low.saturating_sub(MOST_IDLE) / PIECES;
-        let unused = self
-            .slabs
-            .iter()
-            .rev()
-            .filter(|(_, slab)| slab.idle.len() == PIECES);
-        let unused: Vec<u64> = unused.map(|(number, _)| *number).take(surplus).collect();
-        for number in &unused {
-            self.with_room.remove(number);
+        let superfluous = slab.idle.len() == PIECES && self.idle >= MOST_IDLE + PIECES;
+        if !superfluous {
+            return None;
         }
-        let gone: Vec<Slab> = unused
-            .iter()
-            .filter_map(|number| self.slabs.remove(number))
-            .collect();
-        self.idle -= gone.len() * PIECES;
-        self.low = self.idle;
-        self.watched = self.is_much();
-        (gone, self.watched)
+        self.idle -= PIECES;
+        self.with_room.remove(&number);
+        self.slabs.remove(&number)
     }
 }
 
@@ -293,13 +233,6 @@ mod tests {
         let buffers = Arc::new(Buffers::default());
         let many: Vec<_> = (0..20 * PIECES).map(|_| filled(&buffers, 1)).collect();
         drop(many);
-        assert!(buffers.trim());
-        // The next wave uses most of it again.
-        drop(Vec::from_iter((0..15 * PIECES).map(|_| filled(&buffers, 1))));
-        assert!(buffers.trim());
-        assert_eq!(buffers.state.lock().slabs.len(), 19);
-        // And then none comes.
-        assert!(!buffers.trim());
         let state = buffers.state.lock();
         assert!(state.idle < MOST_IDLE + PIECES, "{} pieces are kept", state.idle);
         assert_eq!(state.slabs.len() * PIECES, state.idle);
