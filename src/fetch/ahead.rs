@@ -78,7 +78,7 @@ impl Fetcher {
         }
         let (window, connections) = (advice.window * readers, self.config.connections as u64);
         for ahead in advice.ahead {
-            let left = bounds.end.saturating_sub(ahead.start) * readers;
+            let left = bounds.end.saturating_sub(ahead.start).saturating_mul(readers);
             let piece = readahead::even_piece(window / BLOCK_SIZE, connections, left / BLOCK_SIZE);
             let wanted: Vec<u64> = blocks_covering(&ahead).collect();
             self.fetch_ahead(object, &wanted, Ahead::Stream { piece });

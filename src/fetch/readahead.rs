@@ -188,6 +188,8 @@ impl Streams {
             } else {
                 stream.window
             };
+            // Others may have come to share what there is.
+            stream.window = stream.window.min(largest.max(FIRST_WINDOW));
             stream.asked = stream.asked.max(stream.front);
             if stream.front >= stream.proof && stream.proof > 0 {
                 stream.window = match stream.window {
