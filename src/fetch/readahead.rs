@@ -321,17 +321,18 @@ pub(super) fn piece_size(blocks: u64, spread: u64) -> u64 {
 /// How many blocks each GET takes of a stream's window of `blocks` over `connections`, where `left` blocks of the
 /// file are to come: half a mebibyte to an extent, which is a whole number of them. Small while the window is:
 /// all connections have a part of it, and the next byte comes soon. Large pieces waste less of each connection on
-/// waiting for first bytes; but the last ones are halves, so that connections end together.
+/// waiting for first bytes; but the last ones are halves and quarters, so that connections end together.
 pub(super) fn even_piece(blocks: u64, connections: u64, left: u64) -> u64 {
     const LARGEST: u64 = EXTENT_SIZE / BLOCK_SIZE;
     let most = (blocks / connections.max(1)).max(1);
     // The largest power of two that is not above.
     let even = (1 << most.ilog2()).clamp((512 << 10) / BLOCK_SIZE, LARGEST);
-    let last = if left <= connections * LARGEST / 8 { 4 } else { 2 };
-    match left <= connections * LARGEST / 2 {
-        true => even.min(LARGEST / last),
-        false => even,
-    }
+    let shared = connections * LARGEST;
+    even.min(match left {
+        _ if left <= shared / 8 => LARGEST / 4,
+        _ if left <= shared / 2 => LARGEST / 2,
+        _ => LARGEST,
+    })
 }
 
 /// Cuts a run of blocks into pieces of up to `size`.

@@ -11,8 +11,9 @@ use parking_lot::Mutex;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct StreamId(pub u64);
 
-/// A stream that was not read for so long leaves its part to others.
-const GONE_AFTER: Duration = Duration::from_secs(1);
+/// A stream that was not read for so long leaves its part to others. Several readers on a slow link may each wait
+/// for seconds.
+const GONE_AFTER: Duration = Duration::from_secs(5);
 /// More share the parts of so many.
 const MOST: usize = 64;
 
