@@ -1,10 +1,15 @@
 //! Cold reads through `fetch`, beside plain parallel ranged GETs of the same store in the same run.
 //!
 //!     cargo bench --bench fetch [-- --small] [--only sequential|random|bundled|registered] [--connections N]
+//!         [--endpoint URL]
 //!
 //! The origin is in this process, shaped to 20 ms to the first byte and 90 MB/s per connection. The kernel's side
 //! of a mount takes no part: what is measured is the fetcher, with an agent's default memory limit, and its cache
 //! on the disk of the temporary directory. Without `--connections`, several numbers of them are tried.
+//!
+//! With `--endpoint`, the origin is an S3 server of yours that is shaped likewise and asks for no signature, whose
+//! bucket `bucket` has the objects `big` (2 GiB), `small` (100 KiB) and, for bundles, `of 655/0` to `of 655/30` (each of
+//! 655 times 100 KiB, the last of 350 times).
 
 #[path = "../tests/support/s3_origin.rs"]
 mod s3_origin;
@@ -14,7 +19,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use grid_mount::{
     block::BLOCK_SIZE,
@@ -82,7 +86,8 @@ fn config(connections: usize) -> FetchConfig {
 }
 
 struct Bench {
-    origin: S3Origin,
+    /// `None`: elsewhere.
+    origin: Option<S3Origin>,
     store: Store,
     size: u64,
     connections: usize,
@@ -132,11 +137,30 @@ impl Bench {
             .await?)
     }
 
-    fn moved(&self) -> (u64, u64) {
-        (
-            self.origin.counts().gets.load(Relaxed),
-            self.origin.counts().body_bytes.load(Relaxed),
-        )
+    /// GETs and bytes that an origin of this process has answered; of one elsewhere, what the fetcher counted.
+    fn moved(&self, fetcher: &Fetcher) -> (u64, u64) {
+        match &self.origin {
+            Some(origin) => (
+                origin.counts().gets.load(Relaxed),
+                origin.counts().body_bytes.load(Relaxed),
+            ),
+            None => {
+                let stats = fetcher.stats();
+                (stats.gets, stats.origin_bytes)
+            }
+        }
+    }
+
+    fn has(&self, key: &str, size: u64) {
+        if let Some(origin) = &self.origin {
+            origin.put_uniform(key, size);
+        }
+    }
+
+    fn shape(&self, shape: Shape) -> Result<(), Failure> {
+        let origin = self.origin.as_ref().ok_or("shapes an origin of its own only")?;
+        origin.shape(shape);
+        Ok(())
     }
 }
 
@@ -226,7 +250,7 @@ async fn sequential(bench: &Bench, with_cache: bool, readers: u64) -> Result<(),
         let dir = tempfile::tempdir()?;
         let (fetcher, object) = bench.fetcher(with_cache.then(|| cache(dir.path())).transpose()?);
         let streams = Arc::new(Streams::default());
-        let (before, used, began) = (bench.moved(), cpu(), Instant::now());
+        let (before, used, began) = (bench.moved(&fetcher), cpu(), Instant::now());
         let size = bench.size;
         let parts = (0..readers).map(|reader| {
             let (fetcher, object, streams) =
@@ -248,7 +272,7 @@ async fn sequential(bench: &Bench, with_cache: bool, readers: u64) -> Result<(),
             first = first.min(part??);
         }
         let (took, used) = (began.elapsed(), cpu() - used);
-        let (after, stats) = (bench.moved(), fetcher.stats());
+        let (after, stats) = (bench.moved(&fetcher), fetcher.stats());
         rounds.push(Round {
             got: mb(size, took),
             ceiling,
@@ -294,7 +318,7 @@ async fn random(bench: &Bench, readers: usize, reads: u64, warm: bool, label: &s
         tokio::spawn(async move { fetcher.warm(&other, 0..u64::MAX, Priority::WarmUp).await })
     });
     let streams = Streams::default();
-    let before = bench.moved();
+    let before = bench.moved(&fetcher);
     let mut times: Vec<Duration> = stream::iter(0..reads)
         .map(|n| {
             let (fetcher, object, streams) = (&fetcher, &object, &streams);
@@ -309,7 +333,7 @@ async fn random(bench: &Bench, readers: usize, reads: u64, warm: bool, label: &s
         .buffer_unordered(readers)
         .try_collect()
         .await?;
-    let after = bench.moved();
+    let after = bench.moved(&fetcher);
     if let Some(warming) = warming {
         warming.abort();
     }
@@ -383,12 +407,11 @@ async fn small_files(bench: &Bench, files: u64, in_an_object: u64, ahead: Ahead)
         files,
         in_an_object,
     };
-    let whole = Bytes::from(vec![7; (in_an_object * FILE) as usize]);
     for number in 0..files.div_ceil(in_an_object) {
         let source = sources.source(ObjectNo(number as u32))?;
-        bench.origin.put(&source.key, whole.slice(..source.size as usize));
+        bench.has(&source.key, source.size);
     }
-    bench.origin.put("small", Bytes::from(vec![7; FILE as usize]));
+    bench.has("small", FILE);
     let began = Instant::now();
     let some = files / 10;
     stream::iter(0..some)
@@ -417,7 +440,7 @@ async fn small_files(bench: &Bench, files: u64, in_an_object: u64, ahead: Ahead)
             tokio::runtime::Handle::current(),
         );
         let profile = recorder.profile();
-        let (before, used) = (bench.moved(), cpu());
+        let (before, used) = (bench.moved(&fetcher), cpu());
         let began = Instant::now();
         let runtime = tokio::runtime::Handle::current();
         let following = {
@@ -458,7 +481,7 @@ async fn small_files(bench: &Bench, files: u64, in_an_object: u64, ahead: Ahead)
         let used = cpu() - used;
         drop(content);
         following.abort();
-        let (after, stats) = (bench.moved(), fetcher.stats());
+        let (after, stats) = (bench.moved(&fetcher), fetcher.stats());
         let rate = files as f64 / took.as_secs_f64();
         rounds.push(Round {
         got: mb(files * FILE, took),
@@ -496,11 +519,15 @@ async fn small_files(bench: &Bench, files: u64, in_an_object: u64, ahead: Ahead)
 async fn main() -> Result<(), Failure> {
     let small = std::env::args().any(|argument| argument == "--small");
     let size: u64 = if small { 256 << 20 } else { 2 << 30 };
-    let origin = S3Origin::start(SHAPE).await;
-    let data = Bytes::from(vec![0x5a; size as usize]);
-    origin.put("big", data.clone());
-    origin.put("other", data);
-    let settings = origin.settings().into_iter().collect();
+    let (origin, settings) = match argument("--endpoint") {
+        Some(endpoint) => (None, s3_origin::settings(&endpoint)),
+        None => {
+            let origin = S3Origin::start(SHAPE).await;
+            let settings = origin.settings();
+            (Some(origin), settings)
+        }
+    };
+    let settings = settings.into_iter().collect();
     let store = Store::open(&"s3://bucket".parse()?, &settings, &Deadlines::data())?;
     let connections = connections();
     let mut bench = Bench {
@@ -509,6 +536,8 @@ async fn main() -> Result<(), Failure> {
         size,
         connections: connections.last().copied().unwrap_or(1),
     };
+    bench.has("big", size);
+    bench.has("other", size);
     let only = argument("--only");
     let wanted = |name: &str| only.as_deref().is_none_or(|only| only == name);
     if wanted("sequential") {
@@ -526,13 +555,13 @@ async fn main() -> Result<(), Failure> {
         random(&bench, 1, if small { 60 } else { 200 }, false, "").await?;
         random(&bench, 16, reads, false, "").await?;
         random(&bench, 16, reads, true, ", while another version is warmed").await?;
-        bench.origin.shape(Shape {
+        bench.shape(Shape {
             straggler_every: 50,
             straggle: Duration::from_secs(1),
             ..SHAPE
-        });
+        })?;
         random(&bench, 16, reads, false, ", 2 % stragglers of 1 s").await?;
-        bench.origin.shape(SHAPE);
+        bench.shape(SHAPE)?;
     }
     let files = if small { 2000 } else { 20_000 };
     for (in_an_object, name) in [(IN_A_BUNDLE, "bundled"), (1, "registered")] {

@@ -72,8 +72,39 @@ pub struct Counts {
 }
 
 #[derive(Clone)]
+enum Body {
+    Bytes(Bytes),
+    /// So many times the same byte, of which none is kept.
+    Uniform(u64),
+}
+
+impl Body {
+    fn len(&self) -> usize {
+        match self {
+            Body::Bytes(bytes) => bytes.len(),
+            Body::Uniform(size) => *size as usize,
+        }
+    }
+
+    fn slice(&self, range: std::ops::Range<usize>) -> Self {
+        match self {
+            Body::Bytes(bytes) => Body::Bytes(bytes.slice(range)),
+            Body::Uniform(_) => Body::Uniform(range.len() as u64),
+        }
+    }
+
+    /// All of it in memory.
+    fn bytes(&self) -> Bytes {
+        match self {
+            Body::Bytes(bytes) => bytes.clone(),
+            Body::Uniform(size) => vec![UNIFORM; *size as usize].into(),
+        }
+    }
+}
+
+#[derive(Clone)]
 struct Stored {
-    bytes: Bytes,
+    body: Body,
     etag: String,
 }
 
@@ -150,14 +181,7 @@ impl S3Origin {
     }
 
     pub fn settings(&self) -> Vec<(String, String)> {
-        [
-            ("AWS_ENDPOINT_URL", self.endpoint().as_str()),
-            ("AWS_ACCESS_KEY_ID", "test"),
-            ("AWS_SECRET_ACCESS_KEY", "test"),
-            ("AWS_REGION", "us-east-1"),
-        ]
-        .map(|(name, value)| (name.to_owned(), value.to_owned()))
-        .into()
+        settings(&self.endpoint())
     }
 
     pub fn counts(&self) -> &Counts {
@@ -175,7 +199,13 @@ impl S3Origin {
     }
 
     pub fn put(&self, key: &str, bytes: impl Into<Bytes>) -> String {
-        store(&self.state, key, bytes.into())
+        store(&self.state, key, Body::Bytes(bytes.into()))
+    }
+
+    /// An object of `size` bytes that are all the same, which takes no memory and next to no processor time to send: the kernel sends the
+    /// same few pages again and again, which nobody copies.
+    pub fn put_uniform(&self, key: &str, size: u64) -> String {
+        store(&self.state, key, Body::Uniform(size))
     }
 
     /// The next GETs meet these, one each.
@@ -209,12 +239,24 @@ impl S3Origin {
     }
 }
 
-fn store(state: &State, key: &str, bytes: Bytes) -> String {
-    let written = (key.to_owned(), bytes.len() as u64);
+/// For a store's client.
+pub fn settings(endpoint: &str) -> Vec<(String, String)> {
+    [
+        ("AWS_ENDPOINT_URL", endpoint),
+        ("AWS_ACCESS_KEY_ID", "test"),
+        ("AWS_SECRET_ACCESS_KEY", "test"),
+        ("AWS_REGION", "us-east-1"),
+    ]
+    .map(|(name, value)| (name.to_owned(), value.to_owned()))
+    .into()
+}
+
+fn store(state: &State, key: &str, body: Body) -> String {
+    let written = (key.to_owned(), body.len() as u64);
     state.written.lock().expect("written").push(written);
     let etag = format!("\"{:016x}\"", state.next.fetch_add(1, Relaxed) + 1);
     let stored = Stored {
-        bytes,
+        body,
         etag: etag.clone(),
     };
     state
@@ -397,7 +439,7 @@ async fn head(state: &State, stream: &mut BufReader<TcpStream>, request: &Reques
         None => "HTTP/1.1 404 x\r\ncontent-length: 0\r\n\r\n".to_owned(),
         Some(found) => format!(
             "HTTP/1.1 200 x\r\ncontent-length: {}\r\netag: {}\r\n{MODIFIED}\r\n",
-            found.bytes.len(),
+            found.body.len(),
             found.etag
         ),
     };
@@ -434,7 +476,7 @@ async fn get(state: &State, stream: &mut BufReader<TcpStream>, request: &Request
     {
         return error(stream, 412, "PreconditionFailed").await;
     }
-    let size = found.bytes.len();
+    let size = found.body.len();
     let asked = request.headers.get("range").and_then(|range| {
         let (start, end) = range.strip_prefix("bytes=")?.split_once('-')?;
         let start: usize = start.parse().ok()?;
@@ -453,12 +495,12 @@ async fn get(state: &State, stream: &mut BufReader<TcpStream>, request: &Request
     if fault == Some(Fault::WrongRange) {
         (start, end) = (start + 1, end + 1);
     }
-    let mut body = found.bytes.slice(start.min(size)..end.min(size));
+    let mut body = found.body.slice(start.min(size)..end.min(size));
     if fault == Some(Fault::Flipped) {
-        body = body.iter().map(|byte| !byte).collect::<Vec<_>>().into();
+        body = Body::Bytes(body.bytes().iter().map(|byte| !byte).collect());
     }
     if fault == Some(Fault::Overlong) {
-        body = [&body[..], b"and more"].concat().into();
+        body = Body::Bytes([&body.bytes()[..], b"and more"].concat().into());
     }
     let etag = if fault == Some(Fault::WrongETag) {
         "\"another\""
@@ -476,17 +518,21 @@ async fn get(state: &State, stream: &mut BufReader<TcpStream>, request: &Request
     );
     stream.write_all(head.as_bytes()).await?;
     let cut = matches!(fault, Some(Fault::Truncated | Fault::StallInBody));
-    let sent = if cut { body.slice(..body.len() / 2) } else { body };
+    let length = if cut { body.len() / 2 } else { body.len() };
     // Paced in pieces: enough of them to be smooth, few enough to cost nothing.
     let began = tokio::time::Instant::now();
     let mut done = 0;
-    for piece in sent.chunks(256 << 10) {
-        let end = start as u64 + done + piece.len() as u64;
+    while done < length {
+        let piece = done..(done + PIECE).min(length);
+        let end = (start + piece.end) as u64;
         let mut withheld = state.withheld.subscribe();
         let free = withheld.wait_for(|from| from.is_none_or(|from| end <= from));
         free.await.map_err(|_| closed())?;
-        stream.write_all(piece).await?;
-        done += piece.len() as u64;
+        match &body {
+            Body::Bytes(bytes) => stream.write_all(&bytes[piece.clone()]).await?,
+            Body::Uniform(_) => stream.write_all(&UNIFORM_PIECE[..piece.len()]).await?,
+        }
+        done = piece.end;
         state.counts.body_bytes.fetch_add(piece.len() as u64, Relaxed);
         if shape.rate > 0 {
             tokio::time::sleep_until(began + Duration::from_secs_f64(done as f64 / shape.rate as f64)).await;
@@ -498,6 +544,11 @@ async fn get(state: &State, stream: &mut BufReader<TcpStream>, request: &Request
         _ => Ok(()),
     }
 }
+
+const PIECE: usize = 256 << 10;
+const UNIFORM: u8 = 0x5a;
+
+static UNIFORM_PIECE: [u8; PIECE] = [UNIFORM; PIECE];
 
 async fn write(state: &State, stream: &mut BufReader<TcpStream>, request: &Request) -> std::io::Result<()> {
     state.counts.puts.fetch_add(1, Relaxed);
@@ -527,7 +578,7 @@ async fn write(state: &State, stream: &mut BufReader<TcpStream>, request: &Reque
                 if conditional && exists {
                     None
                 } else {
-                    Some(store(state, &request.key, request.body.clone()))
+                    Some(store(state, &request.key, Body::Bytes(request.body.clone())))
                 }
             };
             match etag {
@@ -556,7 +607,7 @@ async fn write(state: &State, stream: &mut BufReader<TcpStream>, request: &Reque
                 .unwrap_or_default();
             let parts: Vec<Bytes> = parts.into_values().collect();
             let whole = parts.concat();
-            let etag = store(state, &request.key, whole.into());
+            let etag = store(state, &request.key, Body::Bytes(whole.into()));
             let body =
                 format!("<CompleteMultipartUploadResult><ETag>{etag}</ETag></CompleteMultipartUploadResult>");
             answer(stream, 200, "", body.as_bytes()).await
@@ -630,7 +681,7 @@ async fn list(state: &State, stream: &mut BufReader<TcpStream>, request: &Reques
                     body += &format!(
                         "<Contents><Key>{}</Key><Size>{}</Size><ETag>{}</ETag><LastModified>2024-01-01T00:00:00.000Z</LastModified></Contents>",
                         escape(key),
-                        stored.bytes.len(),
+                        stored.body.len(),
                         escape(&stored.etag)
                     );
                 }
