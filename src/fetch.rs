@@ -113,6 +113,8 @@ pub struct Fetcher {
     readers: Arc<Readers>,
     recent: Arc<Recent>,
     fills: Option<Fills>,
+    /// Neighbouring blocks that are handed to the cache together.
+    fill_run: u64,
     buffers: Arc<Buffers>,
     tally: Arc<Tally>,
     accounts: Arc<Accounts>,
@@ -138,9 +140,10 @@ impl Fetcher {
         let ahead = in_flight / 8 * 7;
         let tally = Arc::new(Tally::default());
         let fills = cache.as_ref().and_then(|_| Fills::start(&tally, &recent, places));
+        let connections = config.connections.max(1) as u64;
         Arc::new(Self {
             // Of more than an extent for each connection, and the next one, nobody has anything.
-            largest_window: (ahead as u64 * BLOCK_SIZE).min(config.connections as u64 * 2 * EXTENT_SIZE),
+            largest_window: (ahead as u64 * BLOCK_SIZE).min(connections * 2 * EXTENT_SIZE),
             readers: Arc::default(),
             recent,
             config,
@@ -152,6 +155,8 @@ impl Fetcher {
             memory_blocks: in_flight,
             low_memory: Arc::new(Semaphore::new(ahead)),
             fills,
+            // What all connections gather for it is a small part of what is kept.
+            fill_run: (blocks as u64 / connections / 4).clamp(1, fills::RUN_MOST),
             buffers: Arc::default(),
             tally,
             accounts: Arc::default(),
@@ -177,6 +182,7 @@ impl Fetcher {
             readers: Arc::clone(&self.readers),
             recent: Arc::clone(&self.recent),
             fills: self.fills.clone(),
+            fill_run: self.fill_run,
             buffers: Arc::clone(&self.buffers),
             tally: self.accounts.open(),
             accounts: Arc::clone(&self.accounts),
@@ -418,6 +424,7 @@ impl Fetcher {
                         low_memory: None,
                         reserved: None,
                         delivered: 0,
+                        filled: 0,
                     });
                 }
             }
@@ -492,14 +499,14 @@ impl Fetcher {
         self.tally.readahead_used.fetch_add(used as u64, Relaxed);
     }
 
-    /// Hands an arrived block to the cache; waits for the disk only if it is `patient`.
-    async fn fill(&self, object: &FetchObject, block: u64, purpose: Purpose, patient: bool) {
+    /// Hands arrived blocks to the cache; waits for the disk only if it is `patient`.
+    async fn fill(&self, object: &FetchObject, blocks: Range<u64>, purpose: Purpose, patient: bool) {
         let (Some(fills), Some(cached)) = (&self.fills, &object.cached) else {
             return;
         };
         let fill = Fill {
             object: Arc::clone(cached),
-            block,
+            blocks,
             purpose,
         };
         if patient {

@@ -142,7 +142,9 @@ impl Fetcher {
                                 arrived.clone().ok_or(FetchError::Stopped)??;
                             }
                             // Here, but not in the cache: evicted since, or there was no room in the queue.
-                            Started::Here(_) => self.fill(object, block, Purpose::WarmUp, true).await,
+                            Started::Here(_) => {
+                                self.fill(object, block..block + 1, Purpose::WarmUp, true).await;
+                            }
                         }
                     }
                     Ok(())

@@ -6,10 +6,11 @@
 
 use std::{
     iter,
+    ops::Range,
     sync::{
         Arc,
         atomic::Ordering::Relaxed,
-        mpsc::{SyncSender, sync_channel},
+        mpsc::{SyncSender, TrySendError, sync_channel},
     },
     time::Duration,
 };
@@ -25,16 +26,24 @@ use crate::{
 const THREADS: usize = 2;
 /// What a thread takes off its queue at a time, to find neighbours in it; it never waits for more.
 const BATCH: usize = 64;
-/// Neighbours that are written together: a reader of what lies among them is not held up, and the room they
+/// Blocks that are written together, neighbours: a reader of what lies among them is not held up, and the room they
 /// take is soon free.
-const RUN_MOST: usize = 16;
+pub(super) const RUN_MOST: u64 = 16;
 /// A disk that takes nothing for so long is not waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// Neighbouring blocks that have arrived, at most [`RUN_MOST`].
 pub(super) struct Fill {
     pub object: Arc<CachedObject>,
-    pub block: u64,
+    pub blocks: Range<u64>,
     pub purpose: Purpose,
+}
+
+impl Fill {
+    /// At most [`RUN_MOST`].
+    fn count(&self) -> u32 {
+        (self.blocks.end - self.blocks.start) as u32
+    }
 }
 
 struct Queued {
@@ -48,7 +57,7 @@ pub(super) struct Fills {
     /// One for each thread; an object's blocks all go to the same: two writers of one file would only wait
     /// for each other's lock, and spin meanwhile.
     queues: Arc<[SyncSender<Queued>]>,
-    /// As many permits as each queue has places, so that sending never blocks.
+    /// A permit for each block; each queue has as many places, so that sending never blocks.
     room: Arc<Semaphore>,
     places: usize,
     /// For those among them that could wait for room: the rest is for what readers wait for.
@@ -60,7 +69,7 @@ impl Queued {
     fn follows(&self, last: &Self) -> bool {
         let (fill, last) = (&self.fill, &last.fill);
         Arc::ptr_eq(&fill.object, &last.object)
-            && fill.block == last.block + 1
+            && fill.blocks.start == last.blocks.end
             && fill.purpose == last.purpose
     }
 }
@@ -68,17 +77,22 @@ impl Queued {
 /// What was queued, neighbours together. The pieces of a GET arrive among those of others.
 fn in_runs(queued: impl Iterator<Item = Queued>) -> impl Iterator<Item = Vec<Queued>> {
     let mut rest: Vec<Queued> = queued.collect();
-    rest.sort_by_key(|queued| (queued.fill.object.id().0, queued.fill.block));
+    rest.sort_by_key(|queued| (queued.fill.object.id().0, queued.fill.blocks.start));
     let mut rest = rest.into_iter().peekable();
     iter::from_fn(move || {
         let mut run = vec![rest.next()?];
-        while run.len() < RUN_MOST
-            && let Some(next) = rest.next_if(|next| next.follows(&run[run.len() - 1]))
+        let most = run[0].fill.blocks.start + RUN_MOST;
+        while let Some(next) =
+            rest.next_if(|next| next.fill.blocks.end <= most && next.follows(&run[run.len() - 1]))
         {
             run.push(next);
         }
         Some(run)
     })
+}
+
+fn blocks_of(run: &[Queued]) -> u64 {
+    run.iter().map(|queued| u64::from(queued.fill.count())).sum()
 }
 
 impl Fills {
@@ -92,9 +106,11 @@ impl Fills {
             };
             // The bytes are counted where they are kept, not a second time here. Those that had to go meanwhile
             // are not cached.
-            let there = recent.those_of(fill.object.id(), fill.block..fill.block + run.len() as u64);
-            let found: usize = there.iter().map(|(_, bytes)| bytes.len()).sum();
-            lost.fills_dropped.fetch_add((run.len() - found) as u64, Relaxed);
+            let blocks = fill.blocks.start..fill.blocks.start + blocks_of(run);
+            let there = recent.those_of(fill.object.id(), blocks.clone());
+            let found: u64 = there.iter().map(|(_, bytes)| bytes.len() as u64).sum();
+            lost.fills_dropped
+                .fetch_add(blocks.end - blocks.start - found, Relaxed);
             for (first, bytes) in there {
                 let blocks: Vec<&[u8]> = bytes.iter().map(|bytes| &bytes[..]).collect();
                 fill.object.fill_run(BlockNo(first), &blocks, fill.purpose)?;
@@ -118,7 +134,7 @@ impl Fills {
                 while let Ok(first) = fills.recv() {
                     for run in in_runs(iter::once(first).chain(fills.try_iter()).take(BATCH)) {
                         if write(&run).is_err() {
-                            tally.fills_failed.fetch_add(run.len() as u64, Relaxed);
+                            tally.fills_failed.fetch_add(blocks_of(&run), Relaxed);
                         }
                     }
                 }
@@ -141,23 +157,25 @@ impl Fills {
         self.room.available_permits() >= self.places / 2
     }
 
-    /// Queues the block if there is room at once.
+    /// Queues the blocks if there is room at once.
     pub fn offer(&self, fill: Fill) {
-        match Arc::clone(&self.room).try_acquire_owned() {
+        match Arc::clone(&self.room).try_acquire_many_owned(fill.count()) {
             Ok(room) => self.send(fill, room, None),
-            Err(_) => self.dropped(),
+            Err(_) => self.dropped(&fill),
         }
     }
 
-    /// Queues the block as soon as there is room.
+    /// Queues the blocks as soon as there is room.
     pub async fn bring(&self, fill: Fill) {
         let room = async {
-            let patient = Arc::clone(&self.patient).acquire_owned().await?;
-            Ok::<_, AcquireError>((Arc::clone(&self.room).acquire_owned().await?, patient))
+            let patient = Arc::clone(&self.patient).acquire_many_owned(fill.count());
+            let patient = patient.await?;
+            let room = Arc::clone(&self.room).acquire_many_owned(fill.count());
+            Ok::<_, AcquireError>((room.await?, patient))
         };
         match tokio::time::timeout(PATIENCE, room).await {
             Ok(Ok((room, patient))) => self.send(fill, room, Some(patient)),
-            _ => self.dropped(),
+            _ => self.dropped(&fill),
         }
     }
 
@@ -168,13 +186,14 @@ impl Fills {
             _room: room,
             _patient: patient,
         };
-        if queue.try_send(queued).is_err() {
-            self.dropped();
+        if let Err(TrySendError::Full(queued) | TrySendError::Disconnected(queued)) = queue.try_send(queued) {
+            self.dropped(&queued.fill);
         }
     }
 
-    fn dropped(&self) {
-        self.tally.fills_dropped.fetch_add(1, Relaxed);
+    fn dropped(&self, fill: &Fill) {
+        let blocks = u64::from(fill.count());
+        self.tally.fills_dropped.fetch_add(blocks, Relaxed);
     }
 }
 
@@ -232,7 +251,7 @@ mod tests {
         fn fill(&self, block: u64) -> Fill {
             Fill {
                 object: Arc::clone(&self.object),
-                block,
+                blocks: block..block + 1,
                 purpose: Purpose::Reader,
             }
         }
@@ -282,7 +301,7 @@ mod tests {
         let (take, taken) = mpsc::channel::<()>();
         let taken = Mutex::new(taken);
         let fills = Fills::writing(&shim.tally, QUEUE, move |run| {
-            let blocks: Vec<u64> = run.iter().map(|queued| queued.fill.block).collect();
+            let blocks: Vec<u64> = run.iter().flat_map(|queued| queued.fill.blocks.clone()).collect();
             told.send(blocks).unwrap();
             let _ = taken.lock().recv();
             Err(CacheError::Full)
@@ -309,6 +328,32 @@ mod tests {
         drop(fills);
         assert!(runs.recv().is_err(), "the threads have ended");
         assert_eq!(shim.tally.fills_failed.load(Relaxed), 42);
+    }
+
+    #[test]
+    fn runs_that_come_whole_are_written_whole_and_counted_by_the_block() {
+        let shim = Shim::new();
+        let several = |blocks| Fill {
+            blocks,
+            ..shim.fill(0)
+        };
+        for blocks in [16..32, 0..16, 40..44, 32..40, 44..52, 52..54] {
+            shim.fills.offer(several(blocks));
+        }
+        assert_eq!(shim.fills.room.available_permits(), QUEUE - 54);
+        let queued = [16..32, 0..16, 40..44, 32..40, 44..52, 52..54].map(|blocks| Queued {
+            fill: several(blocks),
+            _room: Arc::clone(&shim.fills.room).try_acquire_owned().unwrap(),
+            _patient: None,
+        });
+        let runs = in_runs(queued.into_iter());
+        let blocks = runs.map(|run| run[0].fill.blocks.start..run[run.len() - 1].fill.blocks.end);
+        assert_eq!(Vec::from_iter(blocks), [0..16, 16..32, 32..44, 44..54]);
+        // What there is no room for is not cached in part.
+        for n in 0..QUEUE as u64 / 16 {
+            shim.fills.offer(several(n * 16..(n + 1) * 16));
+        }
+        assert_eq!(shim.dropped(), 4 * 16);
     }
 
     #[tokio::test]

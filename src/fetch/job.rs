@@ -44,6 +44,8 @@ pub(super) struct Job {
     pub low_memory: Option<OwnedSemaphorePermit>,
     pub reserved: Option<Reserved>,
     pub delivered: usize,
+    /// Those of the delivered that the cache was given, or that it was not to have.
+    pub filled: usize,
 }
 
 impl Job {
@@ -56,6 +58,7 @@ impl Job {
         let started = Instant::now();
         let result = self.fetch().await;
         tracing::debug!(took = ?started.elapsed(), failed = result.is_err(), "ended");
+        self.fill().await;
         if let Err(error) = result {
             if self.urgency.get() != Priority::Waited {
                 tracing::debug!(key = self.object.source.key, %error, "fetching ahead failed");
@@ -212,23 +215,34 @@ impl Job {
         if let Some(reserved) = &mut self.reserved {
             reserved.arrived(self.object.id, block, bytes.clone());
         }
-        let waited = {
-            let mut flights = self.object.flights.lock();
-            flights.remove(&block);
-            // Somebody who waited has what he waited for, unless it is among what is still to come.
-            self.patient
-                && self.urgency.get() == Priority::Waited
-                && (block + 1..self.blocks().end)
-                    .any(|block| flights.get(&block).is_some_and(|flight| flight.waited))
-        };
+        self.object.flights.lock().remove(&block);
         self.waiters[self.delivered].send_replace(Some(Ok(bytes)));
         self.delivered += 1;
         for share in [&mut self.memory, &mut self.low_memory].into_iter().flatten() {
             drop(share.split(1));
         }
+        // Written together, neighbours cost half as much as by themselves, and fewer threads are woken.
+        if (block + 1).is_multiple_of(self.fetcher.fill_run) {
+            self.fill().await;
+        }
+    }
+
+    /// Gives the cache what was delivered since the last time.
+    async fn fill(&mut self) {
+        let blocks = self.first + self.filled as u64..self.first + self.delivered as u64;
+        self.filled = self.delivered;
+        if blocks.is_empty() {
+            return;
+        }
+        // Somebody who waited has what he waited for, unless it is among what is still to come.
+        let waited = self.patient && self.urgency.get() == Priority::Waited && {
+            let flights = self.object.flights.lock();
+            (blocks.end..self.blocks().end)
+                .any(|block| flights.get(&block).is_some_and(|flight| flight.waited))
+        };
         let patient = self.patient && !waited;
         self.fetcher
-            .fill(&self.object, block, self.purpose, patient)
+            .fill(&self.object, blocks, self.purpose, patient)
             .await;
     }
 
