@@ -101,14 +101,14 @@ impl Bench {
     }
 
     /// Plain GETs of an extent each over all connections, in MB/s, and processor seconds. What is measured next
-    /// finds the same: connections, and memory that has been used.
+    /// finds these connections.
     async fn ceiling(&self) -> Result<(f64, f64), Failure> {
         stream::iter(0..self.connections as u64)
             .map(|n| self.plain("big", n << 20..(n + 1) << 20))
             .buffer_unordered(self.connections)
             .try_for_each(|_| async { Ok(()) })
             .await?;
-        use_memory(3 * self.size)?;
+        use_memory(3 * self.size);
         let used = cpu();
         let began = Instant::now();
         stream::iter((0..self.size).step_by(8 << 20))
@@ -228,14 +228,12 @@ fn print_best(label: &str, rounds: &[Round]) {
     }
 }
 
-/// Memory that nobody has used yet, or for some seconds, is slow on a virtual machine: its host has to find it first.
-fn use_memory(bytes: u64) -> Result<(), Failure> {
-    use std::io::Write as _;
-    let (mut file, block) = (tempfile::tempfile()?, vec![1; 1 << 20]);
-    for _ in 0..bytes >> 20 {
-        file.write_all(&block)?;
-    }
-    Ok(())
+/// Memory that nobody has used yet, or for a moment, is slow on a virtual machine: its host has to find it first. So what
+/// is measured, and what it is compared with, each begin with memory that was used just before.
+fn use_memory(bytes: u64) {
+    let unused = nix::sys::sysinfo::sysinfo().map_or(0, |info| info.ram_unused());
+    let memory = vec![1u8; bytes.min(unused / 2) as usize];
+    std::hint::black_box(&memory);
 }
 
 /// `readers` at once, each of its own part of one object, as of a file.
@@ -247,6 +245,7 @@ async fn sequential(bench: &Bench, with_cache: bool, readers: u64) -> Result<(),
         bench.plain("big", 0..BLOCK_SIZE).await?;
         let one = one.elapsed();
 
+        use_memory(3 * bench.size);
         let dir = tempfile::tempdir()?;
         let (fetcher, object) = bench.fetcher(with_cache.then(|| cache(dir.path())).transpose()?);
         let streams = Arc::new(Streams::default());
@@ -433,6 +432,7 @@ async fn small_files(bench: &Bench, files: u64, in_an_object: u64, ahead: Ahead)
     let mut rounds = Vec::new();
     for _ in 0..ROUNDS {
         let (ceiling, plain_cpu) = bench.ceiling().await?;
+        use_memory(3 * bench.size);
         let dir = tempfile::tempdir()?;
         let fetcher = Fetcher::new(
             config(bench.connections),
