@@ -192,7 +192,11 @@ fn the_next_mount_fetches_what_was_read_in_that_order() {
             "wanted as number {wanted}, fetched as number {position}"
         );
     }
-    let total: u64 = followed.iter().map(|(.., length)| length).sum();
+    // An answer that is slow to come, on a busy machine, is asked for a second time: one in twenty at most.
+    let once: BTreeSet<_> = followed.iter().collect();
+    let twice = followed.len() - once.len();
+    assert!(twice <= followed.len() / 20, "{twice} twice: {followed:?}");
+    let total: u64 = once.iter().map(|(.., length)| length).sum();
     assert!(total <= blocks * BLOCK as u64, "{total} bytes: {followed:?}");
     world.read();
     // And is not asked for again.
