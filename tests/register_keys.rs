@@ -60,7 +60,12 @@ async fn every_key_of_a_bucket_is_a_file_or_reported() {
     ]
     .map(|(key, reason)| (key.to_owned(), reason))
     .into();
-    let plain = (0..PLAIN).map(|number| format!("{number:05}/image.jpg"));
+    // Some are the very keys at which a range of others is cut.
+    let cuts =
+        (1..4).flat_map(|digits| (0..10usize.pow(digits as u32)).map(move |n| format!("{n:0digits$}")));
+    let plain = (0..PLAIN)
+        .map(|number| format!("{number:05}/image.jpg"))
+        .chain(cuts);
     let files: BTreeSet<String> = odd
         .iter()
         .filter(|(_, reason)| reason.is_none())
