@@ -9,7 +9,7 @@
 //!
 //! With `--endpoint`, the origin is an S3 server of yours that is shaped likewise and asks for no signature, whose
 //! bucket `bucket` has the objects `big` (2 GiB), `small` (100 KiB) and, for bundles, `of 655/0` to `of 655/30` (each of
-//! 655 times 100 KiB, the last of 350 times).
+//! 655 times 100 KiB, the last of 350 times). It is for `--only sequential` and `--only bundled`.
 
 #[path = "../tests/support/s3_origin.rs"]
 mod s3_origin;

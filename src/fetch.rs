@@ -155,7 +155,7 @@ impl Fetcher {
             memory_blocks: in_flight,
             low_memory: Arc::new(Semaphore::new(ahead)),
             fills,
-            // What all connections gather for it is a small part of what is kept.
+            // What all connections gather for it is at most a quarter of what is kept.
             fill_run: (blocks as u64 / connections / 4).clamp(1, fills::RUN_MOST),
             buffers: Arc::default(),
             tally,

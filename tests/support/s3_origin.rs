@@ -202,8 +202,7 @@ impl S3Origin {
         store(&self.state, key, Body::Bytes(bytes.into()))
     }
 
-    /// An object of `size` bytes that are all the same, which takes no memory and next to no processor time to send: the kernel sends the
-    /// same few pages again and again, which nobody copies.
+    /// An object of `size` bytes that are all the same, which takes no memory.
     pub fn put_uniform(&self, key: &str, size: u64) -> String {
         store(&self.state, key, Body::Uniform(size))
     }
