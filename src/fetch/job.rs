@@ -58,6 +58,8 @@ impl Job {
         let started = Instant::now();
         let result = self.fetch().await;
         tracing::debug!(took = ?started.elapsed(), failed = result.is_err(), "ended");
+        // Those who wait for what failed are told at once: no wait for the disk before that.
+        self.patient &= result.is_ok();
         self.fill().await;
         if let Err(error) = result {
             if self.urgency.get() != Priority::Waited {
