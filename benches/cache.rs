@@ -17,7 +17,7 @@ use std::{
 
 use grid_mount::{
     block::{BLOCK_SIZE, BLOCKS_PER_EXTENT, BlockNo, EXTENT_SIZE},
-    cache::{Cache, CacheConfig, CachedObject, ObjectId, Purpose, VerifyPolicy},
+    cache::{Cache, CacheConfig, CachedObject, ObjectId, Purpose, VerifyPolicy, WriteMode},
 };
 
 const OPENED: &str = "GRID_MOUNT_BENCH_OPEN";
@@ -130,8 +130,10 @@ fn fill(dir: &Path) -> Result<(), Failure> {
     const RUN: usize = 16;
     const BLOCKS: usize = (256 << 20) / BLOCK_SIZE as usize;
     let cache = Cache::open(config(dir))?;
-    let block = noise(BLOCK_SIZE);
-    let run = vec![&block[..]; RUN];
+    // From where a page begins, so that it can be written past the page cache.
+    let memory = noise(BLOCK_SIZE + 4096);
+    let block = &memory[memory.as_ptr().align_offset(4096)..][..BLOCK_SIZE as usize];
+    let run = vec![block; RUN];
     let long = noise(RUN as u64 * BLOCK_SIZE);
     let path = dir.join("plain");
     let plain = |bytes: &[u8]| -> Result<f64, Failure> {
@@ -145,23 +147,29 @@ fn fill(dir: &Path) -> Result<(), Failure> {
         std::fs::remove_file(&path)?;
         Ok(seconds)
     };
-    let ours = |name: &str, round: u64, run: &[&[u8]]| -> Result<f64, Failure> {
+    let mut as_asked = true;
+    // Seconds, and those of a processor.
+    let mut ours = |name: &str, round: u64, run: &[&[u8]], mode: WriteMode| -> Result<(f64, f64), Failure> {
         let object = cache.object(id(name, round), BLOCKS as u64 * BLOCK_SIZE);
-        let start = Instant::now();
+        let (start, used) = (Instant::now(), processor());
         for first in (0..BLOCKS as u64).step_by(run.len()) {
-            object.fill_run(BlockNo(first), run, Purpose::Reader)?;
+            as_asked &= object.fill_run(BlockNo(first), run, Purpose::Reader, mode)? == mode;
         }
-        let seconds = start.elapsed().as_secs_f64();
+        let took = (start.elapsed().as_secs_f64(), processor() - used);
         drop(object);
         cache.evict_all();
-        Ok(seconds)
+        Ok(took)
     };
     let (mut one, mut runs, mut longer) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut direct, mut processor_direct) = (Vec::new(), Vec::new());
     let mut rates = Vec::new();
     for round in 0..ROUNDS as u64 {
-        let bare = plain(&block)?;
-        one.push(bare / ours("one", round, &run[..1])?);
-        let seconds = ours("run", round, &run)?;
+        let bare = plain(block)?;
+        one.push(bare / ours("one", round, &run[..1], WriteMode::Buffered)?.0);
+        let (seconds, used) = ours("run", round, &run, WriteMode::Buffered)?;
+        let past = ours("direct", round, &run, WriteMode::Direct)?;
+        direct.push(BLOCKS as f64 * BLOCK_SIZE as f64 / past.0 / 1e6);
+        processor_direct.push(past.1 / used);
         runs.push(bare / seconds);
         longer.push(plain(&long)? / seconds);
         rates.push(BLOCKS as f64 * BLOCK_SIZE as f64 / seconds / 1e6);
@@ -174,7 +182,26 @@ fn fill(dir: &Path) -> Result<(), Failure> {
         median(longer),
         median(rates)
     );
+    match as_asked {
+        true => println!(
+            "  the same past the page cache: {:.0} MB/s, {:.2} of the processor time",
+            median(direct),
+            median(processor_direct)
+        ),
+        false => println!("  past the page cache: not on this file system"),
+    }
     Ok(())
+}
+
+/// Processor seconds of this process so far.
+fn processor() -> f64 {
+    let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF);
+    usage.map_or(0.0, |usage| {
+        [usage.user_time(), usage.system_time()]
+            .iter()
+            .map(|time| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6)
+            .sum()
+    })
 }
 
 /// Resident bytes of this process.

@@ -40,7 +40,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::{block::BlockNo, digest::Digest};
 pub use epochs::BootId;
-pub use object::CachedObject;
+pub use object::{CachedObject, WriteMode};
 pub use trees::TreeHandle;
 
 use epochs::{Epochs, Found};
@@ -247,6 +247,7 @@ impl Cache {
                 punch: false,
                 attributes: false,
                 reserve: false,
+                direct: false,
             },
             epochs: Epochs::unrecorded(BootId::current()),
         };

@@ -8,6 +8,7 @@ mod buffers;
 mod error;
 mod fills;
 mod job;
+mod pace;
 mod pool;
 mod readahead;
 mod readers;
@@ -17,7 +18,10 @@ mod stats;
 use std::{
     collections::{HashMap, HashSet},
     ops::Range,
-    sync::{Arc, Weak, atomic::Ordering::Relaxed},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     time::{Duration, Instant},
 };
 
@@ -80,6 +84,9 @@ pub struct FetchObject {
     pool: Arc<Pool>,
     /// Blocks on their way. Bounded by what the memory budget lets in flight and by the queued readahead.
     flights: Mutex<HashMap<u64, Flight>>,
+    /// Some of its blocks were fetched ahead of a stream, and may be in the cache and in no page cache: its readers
+    /// look for them in memory first.
+    streamed: AtomicBool,
     /// Blocks that readahead brought and nobody has read yet.
     unread: Mutex<HashSet<u64>>,
     tally: Arc<Tally>,
@@ -216,6 +223,7 @@ impl Fetcher {
             cached,
             pool,
             flights: Mutex::default(),
+            streamed: AtomicBool::new(false),
             unread: Mutex::default(),
             tally: Arc::clone(&self.tally),
         });
@@ -232,21 +240,33 @@ impl Fetcher {
     pub fn read_cached(&self, object: &FetchObject, range: Range<u64>, buf: &mut Vec<u8>) -> Option<()> {
         let range = object.clip(&range);
         let blocks = blocks_covering(&range);
-        if let Some(cached) = &object.cached {
-            // What was in it is overwritten: only what it grows by costs zeroing.
-            buf.resize(usize::try_from(range.end - range.start).ok()?, 0);
-            if cached.read(range.start, buf, Purpose::Reader).unwrap_or(false) {
-                self.count_hit(object, &range, &blocks);
-                return Some(());
-            }
+        let Some(cached) = &object.cached else {
+            self.read_recent(object, &range, buf)?;
+            self.count_hit(object, &range, &blocks);
+            return Some(());
+        };
+        if object.streamed.load(Relaxed) && self.read_recent(object, &range, buf).is_some() {
+            cached.was_read(&range);
+            self.count_hit(object, &range, &blocks);
+            return Some(());
         }
-        buf.clear();
-        for block in blocks.clone() {
-            let bytes = self.recent.get(object.id, block)?;
-            buf.extend_from_slice(part_of(&bytes, block, &range)?);
-            self.note_if_read(object, block, &range);
+        // What was in it is overwritten: only what it grows by costs zeroing.
+        buf.resize(usize::try_from(range.end - range.start).ok()?, 0);
+        if !cached.read(range.start, buf, Purpose::Reader).unwrap_or(false) {
+            self.read_recent(object, &range, buf)?;
         }
         self.count_hit(object, &range, &blocks);
+        Some(())
+    }
+
+    /// `Some` when every byte is among those that have just arrived.
+    fn read_recent(&self, object: &FetchObject, range: &Range<u64>, buf: &mut Vec<u8>) -> Option<()> {
+        buf.clear();
+        for block in blocks_covering(range) {
+            let bytes = self.recent.get(object.id, block)?;
+            buf.extend_from_slice(part_of(&bytes, block, range)?);
+            self.note_if_read(object, block, range);
+        }
         Some(())
     }
 
@@ -391,6 +411,10 @@ impl Fetcher {
                 Ahead::Stream { piece } => piece,
                 Ahead::Neighbours | Ahead::WarmUp => BLOCKS_PER_EXTENT,
             };
+            let streamed = matches!(ahead, Ahead::Stream { .. });
+            if streamed && !new.is_empty() {
+                object.streamed.store(true, Relaxed);
+            }
             for run in runs(&new) {
                 for piece in readahead::pieces(run, most) {
                     let urgency = Arc::new(Urgency::new(priority));
@@ -419,6 +443,7 @@ impl Fetcher {
                             Priority::Readahead => Purpose::Readahead,
                             Priority::WarmUp => Purpose::WarmUp,
                         },
+                        streamed,
                         patient: matches!(ahead, Ahead::Neighbours | Ahead::WarmUp),
                         memory: None,
                         low_memory: None,
@@ -500,7 +525,14 @@ impl Fetcher {
     }
 
     /// Hands arrived blocks to the cache; waits for the disk only if it is `patient`.
-    async fn fill(&self, object: &FetchObject, blocks: Range<u64>, purpose: Purpose, patient: bool) {
+    async fn fill(
+        &self,
+        object: &FetchObject,
+        blocks: Range<u64>,
+        purpose: Purpose,
+        streamed: bool,
+        patient: bool,
+    ) {
         let (Some(fills), Some(cached)) = (&self.fills, &object.cached) else {
             return;
         };
@@ -508,6 +540,7 @@ impl Fetcher {
             object: Arc::clone(cached),
             blocks,
             purpose,
+            streamed,
         };
         if patient {
             fills.bring(fill).await;

@@ -9,11 +9,12 @@ use std::{
 };
 
 use grid_mount::{
-    block::{BlockNo, block_count},
-    cache::{Cache, CacheConfig, ObjectId, Purpose, VerifyPolicy},
+    block::{BLOCK_SIZE, BlockNo, block_count},
+    cache::{Cache, CacheConfig, ObjectId, Purpose, VerifyPolicy, WriteMode},
 };
 
 const VICTIM: &str = "GRID_MOUNT_TEST_CACHE_VICTIM";
+const PAGE: usize = 4096;
 const SIZES: [u64; 4] = [1000, 300_000, 9 << 20, 33_000_000];
 
 fn open(dir: &Path) -> Arc<Cache> {
@@ -66,13 +67,23 @@ fn victim(dir: &Path) {
         for worker in 0..3u64 {
             let cache = &cache;
             scope.spawn(move || {
+                // Where a page begins: from there bytes may be written past the page cache.
+                let mut memory = vec![0; BLOCK_SIZE as usize + PAGE];
                 for step in 0u64.. {
                     let random = (step * 3 + worker).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33;
                     let n = (random % 4) as usize;
                     let object = cache.object(id(n), SIZES[n]);
                     let block = BlockNo(random / 4 % block_count(SIZES[n]));
+                    let bytes = truth(n, block);
+                    let start = memory.as_ptr().align_offset(PAGE);
+                    let place = &mut memory[start..start + bytes.len()];
+                    place.copy_from_slice(&bytes);
+                    let mode = match step % 2 {
+                        0 => WriteMode::Buffered,
+                        _ => WriteMode::Direct,
+                    };
                     // "Not cached" is a fair outcome here; wrong bytes are not.
-                    let _ = object.fill(block, &truth(n, block), Purpose::Reader);
+                    let _ = object.fill_run(block, &[place], Purpose::Reader, mode);
                     if n < 2 {
                         object.seal();
                     }

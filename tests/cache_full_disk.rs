@@ -13,7 +13,7 @@ use std::{
 
 use grid_mount::{
     block::{BLOCK_SIZE, BlockNo},
-    cache::{Cache, CacheConfig, ObjectId, Purpose, VerifyPolicy},
+    cache::{Cache, CacheConfig, ObjectId, Purpose, VerifyPolicy, WriteMode},
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
@@ -139,7 +139,9 @@ fn the_cache_gives_way_to_another_program_that_fills_the_disk() {
     let blocks: Vec<_> = (0..8).map(truth).collect();
     let run: Vec<&[u8]> = blocks.iter().map(Vec::as_slice).collect();
     for object in &objects {
-        object.fill_run(BlockNo(0), &run, Purpose::Reader).unwrap();
+        object
+            .fill_run(BlockNo(0), &run, Purpose::Reader, WriteMode::Buffered)
+            .unwrap();
     }
     let before = allocated(&disk);
     assert!(before >= 14 << 20);
@@ -182,7 +184,7 @@ fn a_run_that_the_disk_cuts_short_is_not_there_and_not_forgotten() {
     let fill = |first: u64| {
         let blocks: Vec<_> = (first..first + 16).map(truth).collect();
         let run: Vec<&[u8]> = blocks.iter().map(Vec::as_slice).collect();
-        object.fill_run(BlockNo(first), &run, Purpose::Reader)
+        object.fill_run(BlockNo(first), &run, Purpose::Reader, WriteMode::Buffered)
     };
     // The cache looks how much there is now and then: so that it does not see the other coming.
     fill(0).unwrap();

@@ -312,29 +312,26 @@ async fn many_readers_of_one_block_cause_one_get_of_one_block() {
     );
 }
 
+/// Reads block after block, and compares.
+async fn read_through(fetcher: &Arc<Fetcher>, object: &Arc<FetchObject>, data: &[u8]) {
+    let (streams, size, mut buffer) = (Streams::default(), data.len() as u64, Vec::new());
+    for start in (0..size).step_by(BLOCK_SIZE as usize) {
+        let range = start..size.min(start + BLOCK_SIZE);
+        fetcher.advise(object, &streams, range.clone(), 0..size);
+        if fetcher.read_cached(object, range.clone(), &mut buffer).is_none() {
+            buffer = fetcher.read(object, range.clone()).await.unwrap().to_vec();
+        }
+        assert!(
+            buffer == data[range.start as usize..range.end as usize],
+            "{range:?}"
+        );
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_sequential_reader_without_a_cache_fetches_nothing_twice() {
     let set = set(40 << 20, config(), Deadlines::data(), false).await;
-    let streams = Streams::default();
-    let mut buffer = Vec::new();
-    for start in (0..set.data.len() as u64).step_by(BLOCK_SIZE as usize) {
-        let range = start..start + BLOCK_SIZE;
-        set.fetcher
-            .advise(&set.object, &streams, range.clone(), 0..set.data.len() as u64);
-        if set
-            .fetcher
-            .read_cached(&set.object, range.clone(), &mut buffer)
-            .is_none()
-        {
-            buffer = set
-                .fetcher
-                .read(&set.object, range.clone())
-                .await
-                .unwrap()
-                .to_vec();
-        }
-        assert_eq!(buffer, set.data[range.start as usize..range.end as usize]);
-    }
+    read_through(&set.fetcher, &set.object, &set.data).await;
     assert_eq!(
         set.origin.counts().body_bytes.load(Relaxed),
         set.data.len() as u64
@@ -608,6 +605,57 @@ async fn what_was_read_is_not_fetched_again_after_a_restart() {
             data.len() as u64,
             "run {run}"
         );
+    }
+}
+
+/// And its reader does not wait for the disk: it takes them from memory.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_streams_blocks_are_cached_past_the_page_cache() {
+    let dir = tempfile::tempdir().unwrap();
+    let set = set((40 << 20) + 12_345, config(), Deadlines::data(), false).await;
+    let (size, blocks) = (
+        set.data.len() as u64,
+        set.data.len().div_ceil(BLOCK_SIZE as usize) as u64,
+    );
+    for run in 0..2 {
+        let cache = cache(dir.path(), 1 << 30);
+        let config = FetchConfig {
+            // So much may wait for the disk that it cannot fall behind.
+            memory_limit: 1 << 30,
+            ..config()
+        };
+        let fetcher = Fetcher::new(
+            config,
+            Some(Arc::clone(&cache)),
+            tokio::runtime::Handle::current(),
+        );
+        let source = Source {
+            store: store(&set.origin, &Deadlines::data()),
+            key: "key".into(),
+            pin: Pin::Content,
+            size,
+            sums: None,
+        };
+        let object = fetcher.open("team", source);
+        read_through(&fetcher, &object, &set.data).await;
+        let cached = object.cached().unwrap();
+        let patience = std::time::Instant::now() + Duration::from_secs(20);
+        while !cached.missing(0..blocks).is_empty() && std::time::Instant::now() < patience {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(cached.missing(0..blocks).len(), 0);
+        assert_eq!(set.origin.counts().body_bytes.load(Relaxed), size, "run {run}");
+        let (stats, hits) = (fetcher.stats(), cache.stats().hits);
+        if run == 1 {
+            assert_eq!((stats.fills_direct, hits), (0, blocks));
+            continue;
+        }
+        let kind = nix::sys::statfs::statfs(dir.path()).unwrap().filesystem_type();
+        if kind == nix::sys::statfs::EXT4_SUPER_MAGIC {
+            // But for what it began with, and the last block, which is no whole number of pages.
+            assert!(stats.fills_direct * 10 > blocks * 9, "{stats:?}");
+            assert!(hits * 10 < blocks, "{hits} reads of the disk");
+        }
     }
 }
 

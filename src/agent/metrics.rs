@@ -261,6 +261,11 @@ impl Agent {
                 fetch.corrupt_blocks,
             ),
             (
+                "grid_mount_cache_direct_blocks_total",
+                "Blocks cached past the page cache.",
+                fetch.fills_direct,
+            ),
+            (
                 "grid_mount_cache_dropped_blocks_total",
                 "Blocks not cached because the disk was too slow.",
                 fetch.fills_dropped,

@@ -12,7 +12,7 @@ use std::{
         fd::AsRawFd,
         unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt},
     },
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use nix::{
@@ -34,7 +34,14 @@ pub struct Abilities {
     /// Naming a range before it is written makes writing it cheaper. So on ext4, which otherwise books every
     /// 4 KiB of it by itself: runs of blocks are filled half as fast again (`cargo bench --bench cache`).
     pub reserve: bool,
+    /// Whole blocks can be written past the page cache. Only on ext4, whose inode lock keeps such a write and one
+    /// through the page cache apart until what the page cache had of the range is thrown out.
+    pub direct: bool,
 }
+
+/// What memory, offset and length of a direct write are multiples of: few disks ask for more, and then the kernel
+/// says so.
+const DIRECT_UNIT: usize = 4096;
 
 const ATTRIBUTE: &CStr = c"user.grid";
 
@@ -94,24 +101,49 @@ pub fn write_at(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
     file.write_all_at(bytes, offset)
 }
 
-/// Writes `parts` one after the other, in one call unless the file system takes less.
-pub fn write_parts_at(file: &File, parts: &[&[u8]], offset: u64) -> io::Result<()> {
-    if let [whole] = parts {
-        return write_at(file, whole, offset);
-    }
+/// A file whose page cache is passed by; only for writing.
+pub struct DirectFile(File);
+
+/// The same file, whatever stands under its name now.
+pub fn reopen_directly(file: &File) -> io::Result<DirectFile> {
+    let itself = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    let opened = File::options()
+        .write(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(itself);
+    opened.map(DirectFile)
+}
+
+/// Writes `parts` one after the other, in one call unless the file system takes less. `Ok(true)`: all of it past the
+/// page cache, as asked for by naming the `direct` file of the same; where the parts, as they lie in memory or in the
+/// file, do not allow that, they go the usual way.
+pub fn write_parts_at(
+    file: &File,
+    direct: Option<&DirectFile>,
+    parts: &[&[u8]],
+    offset: u64,
+) -> io::Result<bool> {
     let len = parts.iter().map(|part| part.len() as u64).sum::<u64>();
     #[cfg(test)]
     undo::before_write(file, offset..offset + len);
-    let slices: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
-    let mut taken = loop {
-        match pwritev(file, &slices, offset as libc::off_t) {
-            Err(Errno::EINTR) => {}
-            taken => break taken?,
+    let is_aligned =
+        |part: &&[u8]| (part.as_ptr().addr() | part.len()).is_multiple_of(DIRECT_UNIT) && !part.is_empty();
+    if let Some(DirectFile(direct)) = direct
+        && offset.is_multiple_of(DIRECT_UNIT as u64)
+        && parts.iter().all(is_aligned)
+    {
+        match write_vectored_at(direct, parts, offset) {
+            Ok(taken) if taken as u64 == len => return Ok(true),
+            // Less than all of it, or the disk asks for more than pages: the usual way.
+            Ok(_) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+            Err(error) => return Err(error),
         }
-    };
-    if taken as u64 == len {
-        return Ok(());
     }
+    let mut taken = match parts {
+        [whole] => file.write_all_at(whole, offset).map(|()| whole.len())?,
+        _ => write_vectored_at(file, parts, offset)?,
+    };
     let mut at = offset;
     for part in parts {
         let have = taken.min(part.len());
@@ -119,7 +151,18 @@ pub fn write_parts_at(file: &File, parts: &[&[u8]], offset: u64) -> io::Result<(
         file.write_all_at(&part[have..], at + have as u64)?;
         at += part.len() as u64;
     }
-    Ok(())
+    Ok(false)
+}
+
+/// How much of `parts` was taken.
+fn write_vectored_at(file: &File, parts: &[&[u8]], offset: u64) -> io::Result<usize> {
+    let slices: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
+    loop {
+        match pwritev(file, &slices, offset as libc::off_t) {
+            Err(Errno::EINTR) => {}
+            taken => return Ok(taken?),
+        }
+    }
 }
 
 /// Space for `range`, whose bytes stay what they were.
@@ -271,11 +314,12 @@ pub fn probe(dir: &Path) -> io::Result<Abilities> {
         let before = allocated(&file)?;
         let punch = punch(&file, 0..LEN / 2).is_ok() && allocated(&file)? < before;
         let attributes = set_attribute(&file, &[1; super::sidecar::ATTRIBUTE_MOST]).is_ok();
-        let reserve = fstatfs(&file)?.filesystem_type() == EXT4_SUPER_MAGIC && reserve(&file, 0..LEN).is_ok();
+        let is_ext4 = fstatfs(&file)?.filesystem_type() == EXT4_SUPER_MAGIC;
         Ok(Abilities {
             punch,
             attributes,
-            reserve,
+            reserve: is_ext4 && reserve(&file, 0..LEN).is_ok(),
+            direct: is_ext4 && reopen_directly(&file).is_ok(),
         })
     })();
     unlink(&path)?;

@@ -18,6 +18,7 @@ use parking_lot::{Mutex, RwLock};
 
 pub(super) use self::evict::Evicted;
 use self::files::Files;
+pub use self::fill::WriteMode;
 use super::{
     CacheError, ObjectId, Purpose, Shared, VerifyPolicy,
     checksum::crc32c,
@@ -199,6 +200,18 @@ impl CachedObject {
     fn extent_bytes(&self, number: ExtentNo) -> u64 {
         let range = number.byte_range(self.size);
         range.end - range.start
+    }
+
+    /// A reader had `range` from elsewhere, though it is here: no less a reference.
+    pub fn was_read(&self, range: &Range<u64>) {
+        let blocks = blocks_covering(range);
+        let Some(files) = self.files().filter(|_| range.end <= self.size) else {
+            return;
+        };
+        let extents = blocks.start / BLOCKS_PER_EXTENT..blocks.end.div_ceil(BLOCKS_PER_EXTENT);
+        for number in extents.map(ExtentNo) {
+            self.report(files.extent(number), number);
+        }
     }
 
     /// Tells the policy, once per turn of its clock.
@@ -399,9 +412,12 @@ impl CachedObject {
                 }
                 Ok(Some(files))
             }
-            _ => {
-                tracing::warn!(object = %self.id, "a cached object's sidecar is damaged: its blocks will be fetched again");
-                self.shared.counters.damaged();
+            found => {
+                // A kill while it was made leaves a file without a header and without content.
+                if found.is_some() || metadata.blocks() > 0 {
+                    tracing::warn!(object = %self.id, "a cached object's sidecar is damaged: its blocks will be fetched again");
+                    self.shared.counters.damaged();
+                }
                 let counted = !self.shared.scan.lock().meets(&self.id);
                 disk::unlink(&sidecar_path)?;
                 disk::unlink(&data_path)?;

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::*;
-use crate::block::{BLOCK_SIZE, EXTENT_SIZE, block_count};
+use crate::block::{BLOCK_SIZE, BLOCKS_PER_EXTENT, EXTENT_SIZE, block_count};
 
 const BOOT: BootId = BootId([1; 16]);
 const LATER_BOOT: BootId = BootId([2; 16]);
@@ -49,14 +49,35 @@ fn fill(cache: &Arc<Cache>, n: u8, size: u64, block: u64) -> Result<(), CacheErr
         .fill(block, &truth(n, block, size), Purpose::Reader)
 }
 
-/// As many blocks as there are, up to `count`.
+/// As many blocks as there are, up to `count`; every other run past the page cache.
 fn fill_run(cache: &Arc<Cache>, n: u8, size: u64, first: u64, count: u64) -> Result<(), CacheError> {
+    let mode = match first.is_multiple_of(2) {
+        true => WriteMode::Direct,
+        false => WriteMode::Buffered,
+    };
+    fill_run_as(cache, n, size, first, count, mode).map(drop)
+}
+
+fn fill_run_as(
+    cache: &Arc<Cache>,
+    n: u8,
+    size: u64,
+    first: u64,
+    count: u64,
+    mode: WriteMode,
+) -> Result<WriteMode, CacheError> {
+    const PAGE: usize = 4096;
     let blocks = first..(first + count).min(block_count(size));
-    let bytes: Vec<_> = blocks.map(|block| truth(n, BlockNo(block), size)).collect();
-    let parts: Vec<&[u8]> = bytes.iter().map(Vec::as_slice).collect();
+    let mut memory = vec![0; PAGE];
+    blocks.for_each(|block| memory.extend(truth(n, BlockNo(block), size)));
+    // Bytes that may be written past the page cache begin where a page does.
+    let len = memory.len() - PAGE;
+    let start = memory.as_ptr().align_offset(PAGE);
+    memory.copy_within(PAGE.., start);
+    let parts: Vec<&[u8]> = memory[start..start + len].chunks(BLOCK_SIZE as usize).collect();
     cache
         .object(id(n), size)
-        .fill_run(BlockNo(first), &parts, Purpose::Reader)
+        .fill_run(BlockNo(first), &parts, Purpose::Reader, mode)
 }
 
 /// What the file system says of the objects, once it has placed them.
@@ -197,7 +218,7 @@ fn a_run_of_wrong_lengths_is_refused_whole() {
     let fill = |parts: &[&[u8]]| {
         cache
             .object(id(1), size)
-            .fill_run(BlockNo(2), parts, Purpose::Reader)
+            .fill_run(BlockNo(2), parts, Purpose::Reader, WriteMode::Buffered)
     };
     for wrong in [
         &[&whole[..], &whole[..]][..],
@@ -210,6 +231,104 @@ fn a_run_of_wrong_lengths_is_refused_whole() {
     fill(&[&whole, &short]).unwrap();
     assert!(holds(&cache, 1, size, 2) && holds(&cache, 1, size, 3));
     fill(&[]).unwrap();
+}
+
+/// How many pages of the object the page cache has.
+fn resident(cache: &Arc<Cache>, n: u8, size: u64) -> usize {
+    let file = File::open(cache.shared.paths(&id(n)).0).unwrap();
+    let length = std::num::NonZeroUsize::new(size as usize).unwrap();
+    let mut pages = vec![0u8; length.get().div_ceil(4096)];
+    // SAFETY: a mapping of its own, of a file that stays as it is, which nobody looks into; `pages` has a place for
+    // each of its pages.
+    unsafe {
+        use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+        let at = mmap(None, length, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, &file, 0).unwrap();
+        assert_eq!(libc::mincore(at.as_ptr(), length.get(), pages.as_mut_ptr()), 0);
+        munmap(at, length.get()).unwrap();
+    }
+    pages.iter().filter(|page| **page & 1 == 1).count()
+}
+
+#[test]
+fn what_goes_past_the_page_cache_is_not_in_it_and_is_read_all_the_same() {
+    let dir = TempDir::new().unwrap();
+    let cache = open(&dir, 1 << 30, BOOT);
+    let pages = |blocks: u64| (blocks * BLOCK_SIZE / 4096) as usize;
+    let size = EXTENT_SIZE + 3 * BLOCK_SIZE + 77;
+    let fill = |first, count, mode| fill_run_as(&cache, 1, size, first, count, mode).unwrap();
+    if !cache.shared.abilities.direct {
+        let strict = std::env::var_os("GRID_MOUNT_TEST_STRICT").is_some();
+        assert!(!strict, "{} must be on ext4", dir.path().display());
+        eprintln!(
+            "SKIPPED: writing past the page cache: {} is not on ext4",
+            dir.path().display()
+        );
+        return;
+    }
+    assert_eq!(fill(0, 16, WriteMode::Direct), WriteMode::Direct);
+    assert_eq!(resident(&cache, 1, size), 0);
+    assert_eq!(fill(16, 16, WriteMode::Buffered), WriteMode::Buffered);
+    assert_eq!(resident(&cache, 1, size), pages(16));
+    // Across the end of an extent, and over blocks that are there already.
+    assert_eq!(fill(30, 36, WriteMode::Direct), WriteMode::Direct);
+    assert_eq!(resident(&cache, 1, size), pages(16));
+    // The last block is no whole number of pages, and this memory does not begin with one.
+    assert_eq!(fill(66, 9, WriteMode::Direct), WriteMode::Buffered);
+    let bytes = [truth(1, BlockNo(65), size), vec![0]].concat();
+    let object = cache.object(id(1), size);
+    object.evict_extent(crate::block::ExtentNo(1)).unwrap();
+    let odd = usize::from(bytes.as_ptr().addr().is_multiple_of(4096));
+    let mut moved = vec![0; odd];
+    moved.extend(&bytes[..BLOCK_SIZE as usize]);
+    let part = &[&moved[odd..]];
+    let mode = object.fill_run(BlockNo(65), part, Purpose::Reader, WriteMode::Direct);
+    assert_eq!(mode.unwrap(), WriteMode::Buffered);
+    assert_eq!(fill(0, 68, WriteMode::Direct), WriteMode::Buffered);
+    assert!((0..block_count(size)).all(|block| holds(&cache, 1, size, block)));
+    whole(&object.seal().unwrap(), 1, size);
+}
+
+#[test]
+fn an_object_whose_making_was_cut_short_is_made_anew_and_is_no_damage() {
+    for (bytes, damaged) in [(&b""[..], 0), (b"x", 1)] {
+        let dir = TempDir::new().unwrap();
+        let cache = open(&dir, 1 << 30, BOOT);
+        let (data, _) = cache.shared.paths(&id(1));
+        std::fs::create_dir_all(data.parent().unwrap()).unwrap();
+        std::fs::write(&data, bytes).unwrap();
+        // Once it is on the disk, it takes room there.
+        File::open(&data).unwrap().sync_all().unwrap();
+        fill(&cache, 1, 1000, 0).unwrap();
+        assert!(holds(&cache, 1, 1000, 0));
+        assert_eq!(cache.stats().verify_failures, damaged);
+    }
+}
+
+#[test]
+fn a_block_read_from_memory_counts_as_read() {
+    let size = 100 * EXTENT_SIZE;
+    let range = EXTENT_SIZE - 10..EXTENT_SIZE + 10;
+    // How many references the policy sees.
+    let references = |look: &dyn Fn(&CachedObject)| {
+        let dir = TempDir::new().unwrap();
+        let cache = open(&dir, 1 << 30, BOOT);
+        let object = cache.object(id(1), size);
+        // Many, so that the first two are not what was used last.
+        for extent in 0..100 {
+            let block = BlockNo(extent * BLOCKS_PER_EXTENT + if extent == 0 { 63 } else { 0 });
+            let bytes = truth(1, block, size);
+            object.fill(block, &bytes, Purpose::Readahead).unwrap();
+        }
+        let before = cache.shared.policy.lock().clock();
+        look(&object);
+        cache.shared.hear();
+        cache.shared.policy.lock().clock() - before
+    };
+    let read = references(&|object| {
+        assert!(object.read(range.start, &mut [0; 20], Purpose::Reader).unwrap());
+    });
+    assert_eq!(read, 2);
+    assert_eq!(references(&|object| object.was_read(&range)), read);
 }
 
 #[test]

@@ -143,7 +143,8 @@ impl Fetcher {
                             }
                             // Here, but not in the cache: evicted since, or there was no room in the queue.
                             Started::Here(_) => {
-                                self.fill(object, block..block + 1, Purpose::WarmUp, true).await;
+                                self.fill(object, block..block + 1, Purpose::WarmUp, false, true)
+                                    .await;
                             }
                         }
                     }

@@ -12,15 +12,15 @@ use std::{
         atomic::Ordering::Relaxed,
         mpsc::{SyncSender, TrySendError, sync_channel},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 
-use super::{recent::Recent, stats::Tally};
+use super::{pace::Pace, recent::Recent, stats::Tally};
 use crate::{
     block::BlockNo,
-    cache::{CacheError, CachedObject, Purpose},
+    cache::{CacheError, CachedObject, Purpose, WriteMode},
 };
 
 const THREADS: usize = 2;
@@ -29,6 +29,8 @@ const BATCH: usize = 64;
 /// Blocks that are written together, neighbours: a reader of what lies among them is not held up, and the room they
 /// take is soon free.
 pub(super) const RUN_MOST: u64 = 16;
+/// Runs that are worth a write of their own past the page cache: half a mebibyte.
+const DIRECT_LEAST: u64 = 4;
 /// A disk that takes nothing for so long is not waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -37,6 +39,8 @@ pub(super) struct Fill {
     pub object: Arc<CachedObject>,
     pub blocks: Range<u64>,
     pub purpose: Purpose,
+    /// Fetched ahead of a stream, whose reader takes them from memory.
+    pub streamed: bool,
 }
 
 impl Fill {
@@ -55,13 +59,14 @@ struct Queued {
 #[derive(Clone)]
 pub(super) struct Fills {
     /// One for each thread; an object's blocks all go to the same: two writers of one file would only wait
-    /// for each other's lock, and spin meanwhile.
+    /// for each other's lock, and spin meanwhile. Not so two that write past the page cache.
     queues: Arc<[SyncSender<Queued>]>,
     /// A permit for each block; each queue has as many places, so that sending never blocks.
     room: Arc<Semaphore>,
-    places: usize,
+    pace: Arc<Pace>,
     /// For those among them that could wait for room: the rest is for what readers wait for.
     patient: Arc<Semaphore>,
+    recent: Arc<Recent>,
     tally: Arc<Tally>,
 }
 
@@ -70,7 +75,7 @@ impl Queued {
         let (fill, last) = (&self.fill, &last.fill);
         Arc::ptr_eq(&fill.object, &last.object)
             && fill.blocks.start == last.blocks.end
-            && fill.purpose == last.purpose
+            && (fill.purpose, fill.streamed) == (last.purpose, last.streamed)
     }
 }
 
@@ -99,8 +104,8 @@ impl Fills {
     /// With `places` for blocks that wait to be written. `None`: no thread could be started, and nothing is
     /// cached.
     pub fn start(tally: &Arc<Tally>, recent: &Arc<Recent>, places: usize) -> Option<Self> {
-        let (recent, lost) = (Arc::clone(recent), Arc::clone(tally));
-        Self::writing(tally, places, move |run| {
+        let (recent, counts) = (Arc::clone(recent), Arc::clone(tally));
+        Self::writing(tally, &Arc::clone(&recent), places, move |run, mode| {
             let Some(Queued { fill, .. }) = run.first() else {
                 return Ok(());
             };
@@ -109,12 +114,19 @@ impl Fills {
             let blocks = fill.blocks.start..fill.blocks.start + blocks_of(run);
             let there = recent.those_of(fill.object.id(), blocks.clone());
             let found: u64 = there.iter().map(|(_, bytes)| bytes.len() as u64).sum();
-            lost.fills_dropped
+            counts
+                .fills_dropped
                 .fetch_add(blocks.end - blocks.start - found, Relaxed);
             for (first, bytes) in there {
                 let blocks: Vec<&[u8]> = bytes.iter().map(|bytes| &bytes[..]).collect();
-                fill.object.fill_run(BlockNo(first), &blocks, fill.purpose)?;
-                recent.written(fill.object.id(), first..first + blocks.len() as u64);
+                let mode = fill
+                    .object
+                    .fill_run(BlockNo(first), &blocks, fill.purpose, mode)?;
+                if mode == WriteMode::Direct {
+                    counts.fills_direct.fetch_add(blocks.len() as u64, Relaxed);
+                }
+                let blocks = first..first + blocks.len() as u64;
+                recent.written(fill.object.id(), blocks, mode);
             }
             Ok(())
         })
@@ -123,18 +135,27 @@ impl Fills {
     /// The threads end when this, which holds the only senders, is gone.
     fn writing(
         tally: &Arc<Tally>,
+        recent: &Arc<Recent>,
         places: usize,
-        write: impl Fn(&[Queued]) -> Result<(), CacheError> + Send + Sync + 'static,
+        write: impl Fn(&[Queued], WriteMode) -> Result<(), CacheError> + Send + Sync + 'static,
     ) -> Option<Self> {
         let write = Arc::new(write);
+        let room = Arc::new(Semaphore::new(places));
+        let pace = Arc::new(Pace::new(places));
         let queues = (0..THREADS).map_while(|_| {
             let (queue, fills) = sync_channel::<Queued>(places);
             let (write, tally) = (Arc::clone(&write), Arc::clone(tally));
+            let (room, pace) = (Arc::clone(&room), Arc::clone(&pace));
             let work = move || {
                 while let Ok(first) = fills.recv() {
                     for run in in_runs(iter::once(first).chain(fills.try_iter()).take(BATCH)) {
-                        if write(&run).is_err() {
-                            tally.fills_failed.fetch_add(blocks_of(&run), Relaxed);
+                        let blocks = blocks_of(&run);
+                        let mode = match run[0].fill.streamed && blocks >= DIRECT_LEAST {
+                            true => pace.mode(blocks, room.available_permits(), Instant::now()),
+                            false => WriteMode::Buffered,
+                        };
+                        if write(&run, mode).is_err() {
+                            tally.fills_failed.fetch_add(blocks, Relaxed);
                         }
                     }
                 }
@@ -145,16 +166,17 @@ impl Fills {
         let queues: Arc<[_]> = queues.collect();
         (!queues.is_empty()).then(|| Self {
             queues,
-            room: Arc::new(Semaphore::new(places)),
-            places,
+            room,
+            pace,
             patient: Arc::new(Semaphore::new(places / 4 * 3)),
+            recent: Arc::clone(recent),
             tally: Arc::clone(tally),
         })
     }
 
     /// Whether the disk keeps up with what arrives.
     pub fn keep_up(&self) -> bool {
-        self.room.available_permits() >= self.places / 2
+        self.pace.keeps_up(self.room.available_permits())
     }
 
     /// Queues the blocks if there is room at once.
@@ -180,7 +202,11 @@ impl Fills {
     }
 
     fn send(&self, fill: Fill, room: OwnedSemaphorePermit, patient: Option<OwnedSemaphorePermit>) {
-        let queue = &self.queues[usize::from(fill.object.id().0[2]) % self.queues.len()];
+        let turn = match fill.streamed && self.pace.is_direct() {
+            true => (fill.blocks.start / RUN_MOST) as usize,
+            false => 0,
+        };
+        let queue = &self.queues[(usize::from(fill.object.id().0[2]) + turn) % self.queues.len()];
         let queued = Queued {
             fill,
             _room: room,
@@ -194,6 +220,9 @@ impl Fills {
     fn dropped(&self, fill: &Fill) {
         let blocks = u64::from(fill.count());
         self.tally.fills_dropped.fetch_add(blocks, Relaxed);
+        if fill.streamed {
+            self.recent.lost(fill.object.id(), fill.blocks.clone());
+        }
     }
 }
 
@@ -211,12 +240,14 @@ mod tests {
     };
 
     const QUEUE: usize = 256;
+    const RECENT: usize = 16;
 
     /// A disk that takes a block only when told to.
     struct Shim {
         fills: Fills,
         tally: Arc<Tally>,
         take: mpsc::Sender<()>,
+        recent: Arc<Recent>,
         object: Arc<CachedObject>,
         _dir: tempfile::TempDir,
     }
@@ -235,7 +266,8 @@ mod tests {
             let tally = Arc::new(Tally::default());
             let (take, taken) = mpsc::channel();
             let taken = Mutex::new(taken);
-            let fills = Fills::writing(&tally, QUEUE, move |_| {
+            let recent = Arc::new(Recent::new(RECENT, Beside::Cache));
+            let fills = Fills::writing(&tally, &recent, QUEUE, move |_, _| {
                 let _ = taken.lock().recv();
                 Ok(())
             });
@@ -243,6 +275,7 @@ mod tests {
                 fills: fills.unwrap(),
                 tally,
                 take,
+                recent,
                 object: cache.object(id, 1 << 30),
                 _dir: dir,
             }
@@ -253,6 +286,7 @@ mod tests {
                 object: Arc::clone(&self.object),
                 blocks: block..block + 1,
                 purpose: Purpose::Reader,
+                streamed: false,
             }
         }
 
@@ -272,6 +306,27 @@ mod tests {
         // What the threads have in hand holds its room, too.
         assert_eq!(shim.dropped(), 10_000 - QUEUE as u64);
         assert!(!shim.fills.keep_up());
+    }
+
+    #[test]
+    fn what_a_stream_finds_no_room_for_is_not_kept_after_it_was_read() {
+        let shim = Shim::new();
+        let object = shim.object.id();
+        let mut reserved = shim.recent.reserve(2);
+        for block in [0, 1] {
+            reserved.arrived(object, block, Bytes::from_static(b"x"));
+            shim.recent.read(object, block);
+        }
+        (0..QUEUE as u64 + 1).for_each(|block| shim.fills.offer(shim.fill(2 + block)));
+        let streamed = Fill {
+            streamed: true,
+            ..shim.fill(1)
+        };
+        shim.fills.offer(streamed);
+        // The older one still hopes to be cached.
+        let _room = shim.recent.reserve(RECENT - 1);
+        let there = [0, 1].map(|block| shim.recent.get(object, block).is_some());
+        assert_eq!(there, [true, false]);
     }
 
     #[test]
@@ -300,7 +355,8 @@ mod tests {
         let (told, runs) = mpsc::channel();
         let (take, taken) = mpsc::channel::<()>();
         let taken = Mutex::new(taken);
-        let fills = Fills::writing(&shim.tally, QUEUE, move |run| {
+        let fills = Fills::writing(&shim.tally, &shim.recent, QUEUE, move |run, mode| {
+            assert_eq!(mode, WriteMode::Buffered);
             let blocks: Vec<u64> = run.iter().flat_map(|queued| queued.fill.blocks.clone()).collect();
             told.send(blocks).unwrap();
             let _ = taken.lock().recv();

@@ -37,6 +37,8 @@ pub(super) struct Job {
     pub waiters: Vec<watch::Sender<Option<Arrival>>>,
     pub urgency: Arc<Urgency>,
     pub purpose: Purpose,
+    /// Ahead of a stream.
+    pub streamed: bool,
     /// Waits for the cache's disk, as long as no reader waits for this.
     pub patient: bool,
     /// The shares of the budget that the undelivered blocks hold.
@@ -244,7 +246,7 @@ impl Job {
         };
         let patient = self.patient && !waited;
         self.fetcher
-            .fill(&self.object, blocks, self.purpose, patient)
+            .fill(&self.object, blocks, self.purpose, self.streamed, patient)
             .await;
     }
 

@@ -2,8 +2,8 @@
 //!
 //! Bridges the time between a block's arrival and its being in the cache, and stands in for a cache that is
 //! absent, full or broken, so that sequential readers do not fetch a block twice. What was read and is in the cache
-//! goes first, then what is in the cache, then what was read and would not be cached, then the rest, each in order of
-//! arrival: were blocks kept for being read, those fetched ahead would go before their reader comes. What is on its way
+//! goes first, then what is in the cache (through the page cache, and then past it), then what was read and would not
+//! be cached, then the rest, each in order of arrival: were blocks kept for being read, those fetched ahead would go before their reader comes. What is on its way
 //! has its place here from the moment it is asked for, and other blocks go for it.
 
 use std::{ops::Range, sync::Arc};
@@ -12,7 +12,7 @@ use bytes::Bytes;
 use lru::LruCache;
 use parking_lot::Mutex;
 
-use crate::cache::ObjectId;
+use crate::cache::{ObjectId, WriteMode};
 
 /// 64 MiB.
 const A_LITTLE_MOST: usize = 512;
@@ -39,8 +39,12 @@ struct State {
     reserved: usize,
     /// Neither read nor in the cache.
     here: LruCache<Key, Bytes>,
+    /// Not read, and the cache will not have them.
+    lost: LruCache<Key, Bytes>,
     /// In the cache, and not read: of little use if the cache is large.
     written: LruCache<Key, Bytes>,
+    /// In the cache, past the page cache, and not read: without these their reader would wait for the disk.
+    direct: LruCache<Key, Bytes>,
     /// Read to their end, and not in the cache.
     read: LruCache<Key, Bytes>,
     /// Both, as far as there is a cache. Kept a little longer for those who follow closely.
@@ -61,7 +65,9 @@ impl Recent {
             state: Mutex::new(State {
                 reserved: 0,
                 here: LruCache::unbounded(),
+                lost: LruCache::unbounded(),
                 written: LruCache::unbounded(),
+                direct: LruCache::unbounded(),
                 read: LruCache::unbounded(),
                 spent: LruCache::unbounded(),
             }),
@@ -105,12 +111,16 @@ impl Recent {
         runs
     }
 
-    /// The cache has these.
-    pub fn written(&self, object: ObjectId, blocks: Range<u64>) {
+    /// The cache has these. Those in no page cache are of use until they are read.
+    pub fn written(&self, object: ObjectId, blocks: Range<u64>, mode: WriteMode) {
         let mut gone = Vec::new();
         let mut state = self.state.lock();
         for key in blocks.map(|block| (object, block)) {
             if let Some(bytes) = state.here.pop(&key) {
+                if mode == WriteMode::Direct {
+                    gone.extend(state.direct.push(key, bytes));
+                    continue;
+                }
                 gone.extend(state.written.push(key, bytes));
                 if self.beside == Beside::Cache && state.written.len() > self.a_little() {
                     gone.extend(state.written.pop_lru());
@@ -123,11 +133,26 @@ impl Recent {
         drop(gone);
     }
 
+    /// The cache does not take these, which a stream comes to, and then nobody else soon.
+    pub fn lost(&self, object: ObjectId, blocks: Range<u64>) {
+        let mut gone = Vec::new();
+        let mut state = self.state.lock();
+        for key in blocks.map(|block| (object, block)) {
+            if let Some(bytes) = state.here.pop(&key) {
+                gone.extend(state.lost.push(key, bytes));
+            } else if let Some(bytes) = state.read.pop(&key) {
+                gone.extend(state.spend(key, bytes, self.a_little()));
+            }
+        }
+        drop(state);
+        drop(gone);
+    }
+
     /// Somebody read the block to its end.
     pub fn read(&self, object: ObjectId, block: u64) {
         let key = (object, block);
         let mut state = self.state.lock();
-        let gone = if let Some(bytes) = state.written.pop(&key) {
+        let gone = if let Some(bytes) = state.unwanted(&key) {
             state.spend(key, bytes, self.a_little())
         } else if let Some(bytes) = state.here.pop(&key) {
             match self.beside {
@@ -143,10 +168,23 @@ impl Recent {
 }
 
 impl State {
+    /// Takes a block that only its reader wanted.
+    fn unwanted(&mut self, key: &Key) -> Option<Bytes> {
+        let found = self.written.pop(key).or_else(|| self.direct.pop(key));
+        found.or_else(|| self.lost.pop(key))
+    }
+
     fn get(&self, key: &Key) -> Option<Bytes> {
-        let found = [&self.here, &self.written, &self.read, &self.spent]
-            .into_iter()
-            .find_map(|blocks| blocks.peek(key));
+        let found = [
+            &self.here,
+            &self.lost,
+            &self.written,
+            &self.direct,
+            &self.read,
+            &self.spent,
+        ]
+        .into_iter()
+        .find_map(|blocks| blocks.peek(key));
         found.cloned()
     }
 
@@ -156,7 +194,9 @@ impl State {
         let mut gone = Vec::new();
         while self.kept() > room {
             let first = self.spent.pop_lru().or_else(|| self.written.pop_lru());
-            let next = first.or_else(|| self.read.pop_lru());
+            let next = first.or_else(|| self.direct.pop_lru());
+            let next = next.or_else(|| self.read.pop_lru());
+            let next = next.or_else(|| self.lost.pop_lru());
             gone.extend(next.or_else(|| self.here.pop_lru()));
         }
         gone
@@ -172,7 +212,12 @@ impl State {
     }
 
     fn kept(&self) -> usize {
-        self.here.len() + self.written.len() + self.read.len() + self.spent.len()
+        self.here.len()
+            + self.lost.len()
+            + self.written.len()
+            + self.direct.len()
+            + self.read.len()
+            + self.spent.len()
     }
 }
 
@@ -214,18 +259,19 @@ mod tests {
     #[test]
     fn what_is_of_least_use_goes_first() {
         let recent = Arc::new(Recent::new(8, Beside::SmallCache));
-        let mut reserved = recent.reserve(5);
-        for block in 0..5 {
+        let mut reserved = recent.reserve(6);
+        for block in 0..6 {
             reserved.arrived(object(), block, Bytes::from(vec![block as u8]));
         }
-        recent.written(object(), 1..2);
+        recent.written(object(), 5..6, WriteMode::Direct);
+        recent.written(object(), 1..2, WriteMode::Buffered);
         recent.read(object(), 2);
         recent.read(object(), 3);
-        recent.written(object(), 3..4);
-        let mut there: Vec<u64> = (0..5).collect();
-        let mut room = vec![recent.reserve(3)];
-        // Read and in the cache; in the cache; read; and then in order of arrival.
-        for next in [3, 1, 2, 0, 4] {
+        recent.written(object(), 3..4, WriteMode::Buffered);
+        let mut there: Vec<u64> = (0..6).collect();
+        let mut room = vec![recent.reserve(2)];
+        // Read and in the cache; in the cache, and the page cache, or not; read; and then in order of arrival.
+        for next in [3, 1, 5, 2, 0, 4] {
             let found = there
                 .iter()
                 .filter(|block| recent.get(object(), **block).is_some());
@@ -234,6 +280,22 @@ mod tests {
             assert!(recent.get(object(), next).is_none(), "{next} is still there");
             there.retain(|block| *block != next);
         }
+    }
+
+    #[test]
+    fn what_the_cache_never_takes_is_kept_for_its_reader_and_no_longer() {
+        let recent = Arc::new(Recent::new(64, Beside::Cache));
+        let mut reserved = recent.reserve(64);
+        for block in 0..64 {
+            reserved.arrived(object(), block, Bytes::from_static(b"x"));
+        }
+        let there = |block: &u64| recent.get(object(), *block).is_some();
+        recent.read(object(), 0);
+        recent.lost(object(), 0..32);
+        assert_eq!((0..64).filter(there).count(), 64);
+        (1..64).for_each(|block| recent.read(object(), block));
+        // A little of it.
+        assert_eq!(Vec::from_iter((0..64).filter(there)), Vec::from_iter(24..64));
     }
 
     #[test]
@@ -255,13 +317,17 @@ mod tests {
     }
 
     #[test]
-    fn what_a_large_cache_has_is_kept_a_little() {
-        for (beside, kept) in [(Beside::Cache, 8), (Beside::SmallCache, 64)] {
+    fn what_a_large_cache_has_in_the_page_cache_is_kept_a_little() {
+        for (beside, mode, kept) in [
+            (Beside::Cache, WriteMode::Buffered, 8),
+            (Beside::Cache, WriteMode::Direct, 64),
+            (Beside::SmallCache, WriteMode::Buffered, 64),
+        ] {
             let recent = Arc::new(Recent::new(64, beside));
             let mut reserved = recent.reserve(64);
             for block in 0..64 {
                 reserved.arrived(object(), block, Bytes::from_static(b"x"));
-                recent.written(object(), block..block + 1);
+                recent.written(object(), block..block + 1, mode);
             }
             let there: Vec<u64> = (0..64)
                 .filter(|block| recent.get(object(), *block).is_some())
@@ -272,7 +338,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn no_more_is_kept_than_there_is_room_for(beside in 0usize..3, steps in prop::collection::vec((0u8..5, 0u64..32), 1..200)) {
+        fn no_more_is_kept_than_there_is_room_for(beside in 0usize..3, steps in prop::collection::vec((0u8..7, 0u64..32), 1..200)) {
             const ROOM: usize = 16;
             let recent = Arc::new(Recent::new(ROOM, [Beside::Nothing, Beside::SmallCache, Beside::Cache][beside]));
             let mut reserved: Vec<Reserved> = Vec::new();
@@ -287,7 +353,9 @@ mod tests {
                     },
                     2 => drop((!reserved.is_empty()).then(|| reserved.remove(0))),
                     3 => recent.read(object(), block),
-                    _ => recent.written(object(), block..block + 3),
+                    4 => recent.written(object(), block..block + 3, WriteMode::Direct),
+                    5 => recent.lost(object(), block..block + 3),
+                    _ => recent.written(object(), block..block + 3, WriteMode::Buffered),
                 }
                 prop_assert!(count(&recent) <= ROOM);
             }

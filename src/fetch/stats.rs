@@ -27,6 +27,8 @@ pub struct FetchStats {
     /// Of those, blocks of objects that were closed before anybody read them.
     pub readahead_unused: u64,
     pub corrupt_blocks: u64,
+    /// Blocks cached past the page cache.
+    pub fills_direct: u64,
     /// Blocks not cached: the disk was slower than the network, or failed.
     pub fills_dropped: u64,
     pub fills_failed: u64,
@@ -53,6 +55,7 @@ pub(super) struct Tally {
     pub readahead_used: AtomicU64,
     pub readahead_unused: AtomicU64,
     pub corrupt_blocks: AtomicU64,
+    pub fills_direct: AtomicU64,
     pub fills_dropped: AtomicU64,
     pub fills_failed: AtomicU64,
     pub errors: AtomicU64,
@@ -109,6 +112,7 @@ impl FetchStats {
         self.readahead_blocks += other.readahead_blocks;
         self.readahead_used += other.readahead_used;
         self.corrupt_blocks += other.corrupt_blocks;
+        self.fills_direct += other.fills_direct;
         self.fills_dropped += other.fills_dropped;
         self.fills_failed += other.fills_failed;
         self.errors += other.errors;
@@ -143,6 +147,7 @@ impl Tally {
             readahead_used: get(&self.readahead_used),
             readahead_unused: get(&self.readahead_unused),
             corrupt_blocks: get(&self.corrupt_blocks),
+            fills_direct: get(&self.fills_direct),
             fills_dropped: get(&self.fills_dropped),
             fills_failed: get(&self.fills_failed),
             errors: get(&self.errors),

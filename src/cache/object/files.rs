@@ -11,6 +11,7 @@ use crate::{
     block::{BLOCK_SIZE, EXTENT_SIZE, ExtentNo},
     cache::{
         ObjectId, Shared,
+        disk::{self, DirectFile},
         extent::{Extent, Seal},
         sidecar::Sidecar,
         slot::Header,
@@ -26,6 +27,8 @@ const UNCOUNTED_MOST: u64 = 16;
 pub struct Files {
     pub id: ObjectId,
     pub data: File,
+    /// Opened when first written to; `None`: it cannot be.
+    direct: OnceLock<Option<DirectFile>>,
     pub sidecar: Sidecar,
     pub inode: u64,
     pub sealed: Seal,
@@ -71,6 +74,7 @@ impl Files {
         Self {
             id,
             data,
+            direct: OnceLock::new(),
             sidecar,
             inode: header.inode,
             sealed: Seal::new(header.sealed),
@@ -87,6 +91,17 @@ impl Files {
         let chunk =
             self.extents[at / CHUNK].get_or_init(|| Box::new(std::array::from_fn(|_| Extent::default())));
         &chunk[at % CHUNK]
+    }
+
+    /// The data, for writing past the page cache.
+    pub fn direct(&self) -> Option<&DirectFile> {
+        let open = || {
+            self.shared
+                .abilities
+                .direct
+                .then(|| disk::reopen_directly(&self.data).ok())
+        };
+        self.direct.get_or_init(|| open().flatten()).as_ref()
     }
 
     /// Brings the cache's total up to what the file system says of this object.
