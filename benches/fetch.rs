@@ -15,6 +15,7 @@
 mod s3_origin;
 
 use std::{
+    io::Write as _,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
@@ -108,7 +109,7 @@ impl Bench {
             .buffer_unordered(self.connections)
             .try_for_each(|_| async { Ok(()) })
             .await?;
-        use_memory(3 * self.size);
+        use_memory(self.size * 2)?;
         let used = cpu();
         let began = Instant::now();
         stream::iter((0..self.size).step_by(8 << 20))
@@ -229,11 +230,14 @@ fn print_best(label: &str, rounds: &[Round]) {
 }
 
 /// Memory that nobody has used yet, or for a moment, is slow on a virtual machine: its host has to find it first. So what
-/// is measured, and what it is compared with, each begin with memory that was used just before.
-fn use_memory(bytes: u64) {
-    let unused = nix::sys::sysinfo::sysinfo().map_or(0, |info| info.ram_unused());
-    let memory = vec![1u8; bytes.min(unused / 2) as usize];
-    std::hint::black_box(&memory);
+/// is measured, and what it is compared with, each begin with memory that the page cache used just before.
+fn use_memory(bytes: u64) -> Result<(), Failure> {
+    let mut file = tempfile::tempfile()?;
+    let some = vec![1; 1 << 20];
+    for _ in 0..bytes >> 20 {
+        file.write_all(&some)?;
+    }
+    Ok(())
 }
 
 /// `readers` at once, each of its own part of one object, as of a file.
@@ -245,7 +249,7 @@ async fn sequential(bench: &Bench, with_cache: bool, readers: u64) -> Result<(),
         bench.plain("big", 0..BLOCK_SIZE).await?;
         let one = one.elapsed();
 
-        use_memory(3 * bench.size);
+        use_memory(bench.size * 2)?;
         let dir = tempfile::tempdir()?;
         let (fetcher, object) = bench.fetcher(with_cache.then(|| cache(dir.path())).transpose()?);
         let streams = Arc::new(Streams::default());
@@ -432,7 +436,7 @@ async fn small_files(bench: &Bench, files: u64, in_an_object: u64, ahead: Ahead)
     let mut rounds = Vec::new();
     for _ in 0..ROUNDS {
         let (ceiling, plain_cpu) = bench.ceiling().await?;
-        use_memory(3 * bench.size);
+        use_memory(bench.size * 2)?;
         let dir = tempfile::tempdir()?;
         let fetcher = Fetcher::new(
             config(bench.connections),

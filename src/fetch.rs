@@ -20,7 +20,7 @@ use std::{
     ops::Range,
     sync::{
         Arc, Weak,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{AtomicU32, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -85,8 +85,8 @@ pub struct FetchObject {
     /// Blocks on their way. Bounded by what the memory budget lets in flight and by the queued readahead.
     flights: Mutex<HashMap<u64, Flight>>,
     /// Some of its blocks were fetched ahead of a stream, and may be in the cache and in no page cache: its readers
-    /// look for them in memory first.
-    streamed: AtomicBool,
+    /// look for them in memory first, until so many looks in a row were in vain.
+    streamed: AtomicU32,
     /// Blocks that readahead brought and nobody has read yet.
     unread: Mutex<HashSet<u64>>,
     tally: Arc<Tally>,
@@ -103,6 +103,10 @@ type Arrival = Result<Bytes, FetchError>;
 
 /// More unread blocks than this per object are not accounted for.
 const MOST_UNREAD: usize = 1 << 16;
+
+/// See [`FetchObject`]: looking costs a lock that all readers share.
+const LOOKS: u32 = 256;
+
 pub struct Fetcher {
     config: FetchConfig,
     cache: Option<Arc<Cache>>,
@@ -223,7 +227,7 @@ impl Fetcher {
             cached,
             pool,
             flights: Mutex::default(),
-            streamed: AtomicBool::new(false),
+            streamed: AtomicU32::new(0),
             unread: Mutex::default(),
             tally: Arc::clone(&self.tally),
         });
@@ -245,10 +249,15 @@ impl Fetcher {
             self.count_hit(object, &range, &blocks);
             return Some(());
         };
-        if object.streamed.load(Relaxed) && self.read_recent(object, &range, buf).is_some() {
-            cached.was_read(&range);
-            self.count_hit(object, &range, &blocks);
-            return Some(());
+        let streamed = object.streamed.load(Relaxed);
+        if streamed > 0 {
+            if self.read_recent(object, &range, buf).is_some() {
+                object.streamed.store(LOOKS, Relaxed);
+                cached.was_read(&range);
+                self.count_hit(object, &range, &blocks);
+                return Some(());
+            }
+            object.streamed.store(streamed - 1, Relaxed);
         }
         // What was in it is overwritten: only what it grows by costs zeroing.
         buf.resize(usize::try_from(range.end - range.start).ok()?, 0);
@@ -316,7 +325,11 @@ impl Fetcher {
                         .map_err(|_| FetchError::Stopped)?;
                     arrived.clone().ok_or(FetchError::Stopped)??
                 }
-                None => self.read_cached_block(object, block).await?,
+                // In the cache, but perhaps in no page cache.
+                None => match self.recent.get(object.id, block) {
+                    Some(bytes) => bytes,
+                    None => self.read_cached_block(object, block).await?,
+                },
             };
             let part = part_range(bytes.len(), block, &range).ok_or(FetchError::Stopped)?;
             self.note_if_read(object, block, &range);
@@ -413,7 +426,7 @@ impl Fetcher {
             };
             let streamed = matches!(ahead, Ahead::Stream { .. });
             if streamed && !new.is_empty() {
-                object.streamed.store(true, Relaxed);
+                object.streamed.store(LOOKS, Relaxed);
             }
             for run in runs(&new) {
                 for piece in readahead::pieces(run, most) {

@@ -58,13 +58,14 @@ impl Object {
     fn fill(&self, number: usize, block: usize) {
         let extent = &self.extents[number];
         let Some(_pin) = extent.pin() else { return };
-        if extent.present() & 1 << block != 0 || self.seal.is_set() {
+        let claim = extent.claim(1 << block);
+        if claim.blocks == 0 || self.seal.is_set() {
             return;
         }
         let place = &self.disk[number][block];
-        // Another filler writes the same bytes: a half never undoes a whole.
-        place.fetch_or(HALF, Ordering::SeqCst);
-        place.fetch_or(DATA, Ordering::SeqCst);
+        assert_eq!(place.swap(HALF, Ordering::SeqCst), HOLE, "written twice");
+        place.store(DATA, Ordering::SeqCst);
+        assert!(!self.handed.load(Ordering::SeqCst), "wrote what the kernel has");
         assert_eq!(
             self.punching[number].load(Ordering::SeqCst),
             0,

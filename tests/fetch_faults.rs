@@ -2,6 +2,8 @@
 
 #[path = "support/s3_origin.rs"]
 mod s3_origin;
+#[path = "support/sandbox.rs"]
+mod sandbox;
 
 use std::{
     sync::{
@@ -312,11 +314,11 @@ async fn many_readers_of_one_block_cause_one_get_of_one_block() {
     );
 }
 
-/// Reads block after block, and compares.
-async fn read_through(fetcher: &Arc<Fetcher>, object: &Arc<FetchObject>, data: &[u8]) {
+/// Reads `step` bytes after the other, and compares.
+async fn read_through(fetcher: &Arc<Fetcher>, object: &Arc<FetchObject>, data: &[u8], step: u64) {
     let (streams, size, mut buffer) = (Streams::default(), data.len() as u64, Vec::new());
-    for start in (0..size).step_by(BLOCK_SIZE as usize) {
-        let range = start..size.min(start + BLOCK_SIZE);
+    for start in (0..size).step_by(step as usize) {
+        let range = start..size.min(start + step);
         fetcher.advise(object, &streams, range.clone(), 0..size);
         if fetcher.read_cached(object, range.clone(), &mut buffer).is_none() {
             buffer = fetcher.read(object, range.clone()).await.unwrap().to_vec();
@@ -331,7 +333,7 @@ async fn read_through(fetcher: &Arc<Fetcher>, object: &Arc<FetchObject>, data: &
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_sequential_reader_without_a_cache_fetches_nothing_twice() {
     let set = set(40 << 20, config(), Deadlines::data(), false).await;
-    read_through(&set.fetcher, &set.object, &set.data).await;
+    read_through(&set.fetcher, &set.object, &set.data, BLOCK_SIZE).await;
     assert_eq!(
         set.origin.counts().body_bytes.load(Relaxed),
         set.data.len() as u64
@@ -612,11 +614,21 @@ async fn what_was_read_is_not_fetched_again_after_a_restart() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_streams_blocks_are_cached_past_the_page_cache() {
     let dir = tempfile::tempdir().unwrap();
+    // As a kernel's requests in a file that begins anywhere: parts of them are there before others.
+    const STEP: u64 = (1 << 20) + 4096;
     let set = set((40 << 20) + 12_345, config(), Deadlines::data(), false).await;
     let (size, blocks) = (
         set.data.len() as u64,
         set.data.len().div_ceil(BLOCK_SIZE as usize) as u64,
     );
+    let kind = nix::sys::statfs::statfs(dir.path()).unwrap().filesystem_type();
+    let is_ext4 = kind == nix::sys::statfs::EXT4_SUPER_MAGIC;
+    if !is_ext4 {
+        sandbox::skip(
+            "writing past the page cache",
+            &format!("{} is not on ext4", dir.path().display()),
+        );
+    }
     for run in 0..2 {
         let cache = cache(dir.path(), 1 << 30);
         let config = FetchConfig {
@@ -637,24 +649,22 @@ async fn a_streams_blocks_are_cached_past_the_page_cache() {
             sums: None,
         };
         let object = fetcher.open("team", source);
-        read_through(&fetcher, &object, &set.data).await;
+        read_through(&fetcher, &object, &set.data, STEP).await;
         let cached = object.cached().unwrap();
         let patience = std::time::Instant::now() + Duration::from_secs(20);
-        while !cached.missing(0..blocks).is_empty() && std::time::Instant::now() < patience {
+        // But for what it began with, and the last block, which is no whole number of pages.
+        let is_direct = || run == 1 || !is_ext4 || fetcher.stats().fills_direct * 10 > blocks * 8;
+        while (!cached.missing(0..blocks).is_empty() || !is_direct()) && std::time::Instant::now() < patience
+        {
             tokio::task::yield_now().await;
         }
         assert_eq!(cached.missing(0..blocks).len(), 0);
+        assert!(is_direct(), "{:?}", fetcher.stats());
         assert_eq!(set.origin.counts().body_bytes.load(Relaxed), size, "run {run}");
-        let (stats, hits) = (fetcher.stats(), cache.stats().hits);
-        if run == 1 {
-            assert_eq!((stats.fills_direct, hits), (0, blocks));
-            continue;
-        }
-        let kind = nix::sys::statfs::statfs(dir.path()).unwrap().filesystem_type();
-        if kind == nix::sys::statfs::EXT4_SUPER_MAGIC {
-            // But for what it began with, and the last block, which is no whole number of pages.
-            assert!(stats.fills_direct * 10 > blocks * 9, "{stats:?}");
-            assert!(hits * 10 < blocks, "{hits} reads of the disk");
+        let hits = cache.stats().hits;
+        match run {
+            0 => assert!(hits < 4, "{hits} reads of the disk"),
+            _ => assert_eq!((fetcher.stats().fills_direct, hits), (0, size.div_ceil(STEP))),
         }
     }
 }

@@ -114,44 +114,49 @@ pub fn reopen_directly(file: &File) -> io::Result<DirectFile> {
     opened.map(DirectFile)
 }
 
-/// Writes `parts` one after the other, in one call unless the file system takes less. `Ok(true)`: all of it past the
-/// page cache, as asked for by naming the `direct` file of the same; where the parts, as they lie in memory or in the
-/// file, do not allow that, they go the usual way.
+/// Writes `parts` one after the other. With the `direct` file of the same, the first parts go past the page cache, as
+/// many as lie in memory and in the file as that asks for: how many. The rest go the usual way, in one call unless the
+/// file system takes less.
 pub fn write_parts_at(
     file: &File,
     direct: Option<&DirectFile>,
     parts: &[&[u8]],
     offset: u64,
-) -> io::Result<bool> {
-    let len = parts.iter().map(|part| part.len() as u64).sum::<u64>();
+) -> io::Result<usize> {
+    let len = |parts: &[&[u8]]| parts.iter().map(|part| part.len()).sum::<usize>();
     #[cfg(test)]
-    undo::before_write(file, offset..offset + len);
+    undo::before_write(file, offset..offset + len(parts) as u64);
     let is_aligned =
-        |part: &&[u8]| (part.as_ptr().addr() | part.len()).is_multiple_of(DIRECT_UNIT) && !part.is_empty();
+        |part: &&&[u8]| (part.as_ptr().addr() | part.len()).is_multiple_of(DIRECT_UNIT) && !part.is_empty();
+    let mut past = match direct {
+        Some(_) if offset.is_multiple_of(DIRECT_UNIT as u64) => parts.iter().take_while(is_aligned).count(),
+        _ => 0,
+    };
     if let Some(DirectFile(direct)) = direct
-        && offset.is_multiple_of(DIRECT_UNIT as u64)
-        && parts.iter().all(is_aligned)
+        && past > 0
     {
-        match write_vectored_at(direct, parts, offset) {
-            Ok(taken) if taken as u64 == len => return Ok(true),
+        match write_vectored_at(direct, &parts[..past], offset) {
+            Ok(taken) if taken == len(&parts[..past]) => {}
             // Less than all of it, or the disk asks for more than pages: the usual way.
-            Ok(_) => {}
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+            Ok(_) => past = 0,
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => past = 0,
             Err(error) => return Err(error),
         }
     }
-    let mut taken = match parts {
-        [whole] => file.write_all_at(whole, offset).map(|()| whole.len())?,
-        _ => write_vectored_at(file, parts, offset)?,
+    let mut at = offset + len(&parts[..past]) as u64;
+    let rest = &parts[past..];
+    let mut taken = match rest {
+        [] => 0,
+        [whole] => file.write_all_at(whole, at).map(|()| whole.len())?,
+        _ => write_vectored_at(file, rest, at)?,
     };
-    let mut at = offset;
-    for part in parts {
+    for part in rest {
         let have = taken.min(part.len());
         taken -= have;
         file.write_all_at(&part[have..], at + have as u64)?;
         at += part.len() as u64;
     }
-    Ok(false)
+    Ok(past)
 }
 
 /// How much of `parts` was taken.

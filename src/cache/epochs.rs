@@ -202,7 +202,7 @@ impl Epochs {
         record.open.contains(&epoch.0) || record.suspect.contains(&epoch.0)
     }
 
-    /// Held from before a block's bytes are written until its slot is.
+    /// Held while a block's slot is written, after its bytes were: what makes the epoch durable covers both.
     pub fn write(&self) -> Writing<'_> {
         // Looked at first: it is set already for all but the first block of an epoch.
         if !self.written.load(Ordering::SeqCst) {
@@ -238,7 +238,7 @@ impl Epochs {
         self.begin()?;
         self.turn.fetch_add(1, Ordering::SeqCst);
         let old = &self.writing[(turn & 1) as usize];
-        // A writer holds its epoch for one write of a block: normally gone at the second look.
+        // A writer holds its epoch for the write of a few slots: normally gone at the second look.
         let patience = std::time::Instant::now() + std::time::Duration::from_secs(5);
         while old.load(Ordering::SeqCst) > 0 {
             if std::time::Instant::now() > patience {

@@ -16,6 +16,8 @@ pub struct Extent {
     present: AtomicU64,
     /// One bit per block: it may be served without looking at its checksum.
     trusted: AtomicU64,
+    /// One bit per block: somebody writes it.
+    writing: AtomicU64,
     gate: AtomicU32,
     /// The policy's clock when this extent was last reported to it.
     pub reported: AtomicU32,
@@ -29,6 +31,18 @@ pub struct Pin<'a>(&'a Extent);
 impl Drop for Pin<'_> {
     fn drop(&mut self) {
         self.0.gate.fetch_sub(1, Ordering::Release);
+    }
+}
+
+/// While this lives nobody else writes these blocks.
+pub struct Claim<'a> {
+    extent: &'a Extent,
+    pub blocks: u64,
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        self.extent.writing.fetch_and(!self.blocks, Ordering::SeqCst);
     }
 }
 
@@ -88,6 +102,20 @@ impl Extent {
     /// These blocks have been compared with their checksums.
     pub fn trust(&self, blocks: u64) {
         self.trusted.fetch_or(blocks, Ordering::AcqRel);
+    }
+
+    /// Those of the blocks that are absent and that nobody writes yet, for writing. The caller has it pinned.
+    pub fn claim(&self, blocks: u64) -> Claim<'_> {
+        let before = self.writing.fetch_or(blocks, Ordering::SeqCst);
+        let mut claim = Claim {
+            extent: self,
+            blocks: blocks & !before,
+        };
+        // After the claim: whoever wrote one before has published it by now.
+        let there = claim.blocks & self.present();
+        self.writing.fetch_and(!there, Ordering::SeqCst);
+        claim.blocks &= !there;
+        claim
     }
 
     /// These blocks have been written, slots included; what was present before. The caller has it pinned.

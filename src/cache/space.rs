@@ -279,9 +279,9 @@ impl Shared {
     }
 
     /// After every fill, of so many blocks.
-    pub(super) fn filled(&self, outcome: &Result<(), CacheError>, blocks: usize) {
+    pub(super) fn filled(&self, outcome: &Result<u64, CacheError>, blocks: usize) {
         match outcome {
-            Ok(()) => {
+            Ok(_) => {
                 self.counters.fills.fetch_add(blocks as u64, Ordering::Relaxed);
                 if self.counters.degraded.lock().take().is_some() {
                     tracing::info!("the cache is storing again");

@@ -14,7 +14,7 @@ const GOOD_KERNEL: (u32, u32) = (6, 9);
 const LEAST_KERNEL: (u32, u32) = (5, 2);
 /// The pages of the largest request that is asked for, 1 MiB.
 const WANTED_PAGES: u64 = 256;
-/// Each mount keeps up to 512 descriptors of cached objects.
+/// Each mount keeps up to 768 descriptors of cached objects.
 const WANTED_FILES: u64 = 4096;
 const KIND: &str = "fuse.grid-mount";
 

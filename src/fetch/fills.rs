@@ -107,8 +107,9 @@ impl Fills {
         let (recent, counts) = (Arc::clone(recent), Arc::clone(tally));
         Self::writing(tally, &Arc::clone(&recent), places, move |run, mode| {
             let Some(Queued { fill, .. }) = run.first() else {
-                return Ok(());
+                return Ok(0);
             };
+            let mut direct = 0;
             // The bytes are counted where they are kept, not a second time here. Those that had to go meanwhile
             // are not cached.
             let blocks = fill.blocks.start..fill.blocks.start + blocks_of(run);
@@ -119,16 +120,23 @@ impl Fills {
                 .fetch_add(blocks.end - blocks.start - found, Relaxed);
             for (first, bytes) in there {
                 let blocks: Vec<&[u8]> = bytes.iter().map(|bytes| &bytes[..]).collect();
-                let mode = fill
-                    .object
-                    .fill_run(BlockNo(first), &blocks, fill.purpose, mode)?;
-                if mode == WriteMode::Direct {
-                    counts.fills_direct.fetch_add(blocks.len() as u64, Relaxed);
+                let (object, range) = (fill.object.id(), first..first + blocks.len() as u64);
+                match fill.object.fill_run(BlockNo(first), &blocks, fill.purpose, mode) {
+                    Ok(0) => recent.written(object, range, WriteMode::Buffered),
+                    Ok(past) => {
+                        direct += past;
+                        counts.fills_direct.fetch_add(past, Relaxed);
+                        recent.written(object, range, WriteMode::Direct);
+                    }
+                    Err(error) => {
+                        if fill.streamed {
+                            recent.lost(object, range);
+                        }
+                        return Err(error);
+                    }
                 }
-                let blocks = first..first + blocks.len() as u64;
-                recent.written(fill.object.id(), blocks, mode);
             }
-            Ok(())
+            Ok(direct)
         })
     }
 
@@ -137,11 +145,11 @@ impl Fills {
         tally: &Arc<Tally>,
         recent: &Arc<Recent>,
         places: usize,
-        write: impl Fn(&[Queued], WriteMode) -> Result<(), CacheError> + Send + Sync + 'static,
+        write: impl Fn(&[Queued], WriteMode) -> Result<u64, CacheError> + Send + Sync + 'static,
     ) -> Option<Self> {
         let write = Arc::new(write);
         let room = Arc::new(Semaphore::new(places));
-        let pace = Arc::new(Pace::new(places));
+        let pace = Arc::new(Pace::new(places, RUN_MOST as usize));
         let queues = (0..THREADS).map_while(|_| {
             let (queue, fills) = sync_channel::<Queued>(places);
             let (write, tally) = (Arc::clone(&write), Arc::clone(tally));
@@ -154,8 +162,12 @@ impl Fills {
                             true => pace.mode(blocks, room.available_permits(), Instant::now()),
                             false => WriteMode::Buffered,
                         };
-                        if write(&run, mode).is_err() {
-                            tally.fills_failed.fetch_add(blocks, Relaxed);
+                        match write(&run, mode) {
+                            Ok(direct) if mode == WriteMode::Direct => {
+                                pace.was_direct(direct > 0, Instant::now())
+                            }
+                            Ok(_) => {}
+                            Err(_) => drop(tally.fills_failed.fetch_add(blocks, Relaxed)),
                         }
                     }
                 }
@@ -269,7 +281,7 @@ mod tests {
             let recent = Arc::new(Recent::new(RECENT, Beside::Cache));
             let fills = Fills::writing(&tally, &recent, QUEUE, move |_, _| {
                 let _ = taken.lock().recv();
-                Ok(())
+                Ok(0)
             });
             Self {
                 fills: fills.unwrap(),

@@ -3,7 +3,7 @@
 //! Bridges the time between a block's arrival and its being in the cache, and stands in for a cache that is
 //! absent, full or broken, so that sequential readers do not fetch a block twice. What was read and is in the cache
 //! goes first, then what is in the cache (through the page cache, and then past it), then what was read and would not
-//! be cached, then the rest, each in order of arrival: were blocks kept for being read, those fetched ahead would go before their reader comes. What is on its way
+//! be cached, then what will not be cached, then the rest, each in order of arrival: were blocks kept for being read, those fetched ahead would go before their reader comes. What is on its way
 //! has its place here from the moment it is asked for, and other blocks go for it.
 
 use std::{ops::Range, sync::Arc};
@@ -116,7 +116,8 @@ impl Recent {
         let mut gone = Vec::new();
         let mut state = self.state.lock();
         for key in blocks.map(|block| (object, block)) {
-            if let Some(bytes) = state.here.pop(&key) {
+            let unread = state.here.pop(&key).or_else(|| state.lost.pop(&key));
+            if let Some(bytes) = unread {
                 if mode == WriteMode::Direct {
                     gone.extend(state.direct.push(key, bytes));
                     continue;
@@ -152,7 +153,7 @@ impl Recent {
     pub fn read(&self, object: ObjectId, block: u64) {
         let key = (object, block);
         let mut state = self.state.lock();
-        let gone = if let Some(bytes) = state.unwanted(&key) {
+        let gone = if let Some(bytes) = state.take_for_reader(&key) {
             state.spend(key, bytes, self.a_little())
         } else if let Some(bytes) = state.here.pop(&key) {
             match self.beside {
@@ -168,8 +169,8 @@ impl Recent {
 }
 
 impl State {
-    /// Takes a block that only its reader wanted.
-    fn unwanted(&mut self, key: &Key) -> Option<Bytes> {
+    /// Takes a block that is kept for nobody but its reader.
+    fn take_for_reader(&mut self, key: &Key) -> Option<Bytes> {
         let found = self.written.pop(key).or_else(|| self.direct.pop(key));
         found.or_else(|| self.lost.pop(key))
     }

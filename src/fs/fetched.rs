@@ -26,7 +26,7 @@ use crate::{
     tree::{Ino, ObjectNo, TreeError},
 };
 
-/// Objects kept open between reads, each with two descriptors at most; and inodes whose streams are known.
+/// Objects kept open between reads, each with three descriptors at most; and inodes whose streams are known.
 const OPEN_OBJECTS: NonZeroUsize = NonZeroUsize::new(256).unwrap();
 const KNOWN_INODES: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
 /// Bundles that are followed as one stream each.

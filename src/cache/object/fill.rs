@@ -27,16 +27,14 @@ impl CachedObject {
     }
 
     /// Stores whole neighbouring blocks, `first` and those after it, with fewer system calls than one by one.
-    /// After an error any of them may have been stored. Tells how they were written; those that were there already do
-    /// not count.
+    /// After an error any of them may have been stored. How many were written past the page cache.
     pub fn fill_run(
         &self,
         first: BlockNo,
         blocks: &[&[u8]],
         purpose: Purpose,
         mode: WriteMode,
-    ) -> Result<WriteMode, CacheError> {
-        let mut mode = mode;
+    ) -> Result<u64, CacheError> {
         for (block, bytes) in (first.0..).map(BlockNo).zip(blocks) {
             let range = block.byte_range(self.size);
             if range.is_empty() || range.end - range.start != bytes.len() as u64 {
@@ -49,32 +47,33 @@ impl CachedObject {
         if self.size > LARGEST {
             return Err(CacheError::TooLarge { size: self.size });
         }
-        let mut rest = blocks;
-        let mut first = first;
+        let (mut first, mut rest, mut direct) = (first, blocks, 0);
         // All that a small cache holds is not to go for one run.
         let most = (self.shared.config.max_bytes / 8 / BLOCK_SIZE).clamp(1, BLOCKS_PER_EXTENT);
         while !rest.is_empty() {
             let count = most.min(BLOCKS_PER_EXTENT - first.0 % BLOCKS_PER_EXTENT);
             let (part, after) = rest.split_at(rest.len().min(count as usize));
-            let outcome = self.fill_extent(first, part, purpose, &mut mode);
-            let failed = outcome.is_err();
-            self.shared
-                .filled(&outcome, if failed { rest.len() } else { part.len() });
-            outcome?;
+            let outcome = self.fill_extent(first, part, purpose, mode);
+            let concerned = match outcome {
+                Ok(_) => part.len(),
+                Err(_) => rest.len(),
+            };
+            self.shared.filled(&outcome, concerned);
+            direct += outcome?;
             rest = after;
             first = BlockNo(first.0 + part.len() as u64);
         }
-        Ok(mode)
+        Ok(direct)
     }
 
-    /// Blocks of one extent. `mode`: how to write them, and then how they were written.
+    /// Blocks of one extent.
     fn fill_extent(
         &self,
         first: BlockNo,
         blocks: &[&[u8]],
         purpose: Purpose,
-        mode: &mut WriteMode,
-    ) -> Result<(), CacheError> {
+        mode: WriteMode,
+    ) -> Result<u64, CacheError> {
         let number = first.extent();
         let range = self.bytes_of(first, blocks.len());
         self.shared.admit(range.end - range.start)?;
@@ -87,12 +86,14 @@ impl CachedObject {
             return Err(CacheError::Busy);
         }
         if files.sealed.is_set() {
-            return Ok(());
+            return Ok(0);
         }
-        for run in runs(mask(&range) & !extent.present()) {
+        let claim = extent.claim(mask(&range));
+        let mut direct = 0;
+        for run in runs(claim.blocks) {
             let from = (u64::from(run.start) - first.0 % BLOCKS_PER_EXTENT) as usize;
             let part = &blocks[from..from + run.len()];
-            self.store(
+            direct += self.store(
                 &files,
                 extent,
                 BlockNo(first.0 + from as u64),
@@ -101,10 +102,10 @@ impl CachedObject {
                 mode,
             )?;
         }
-        Ok(())
+        Ok(direct)
     }
 
-    /// Absent blocks of a pinned extent.
+    /// Absent blocks of a pinned extent, claimed.
     fn store(
         &self,
         files: &Files,
@@ -112,12 +113,12 @@ impl CachedObject {
         first: BlockNo,
         blocks: &[&[u8]],
         purpose: Purpose,
-        mode: &mut WriteMode,
-    ) -> Result<(), CacheError> {
+        mode: WriteMode,
+    ) -> Result<u64, CacheError> {
         let range = self.bytes_of(first, blocks.len());
         let written = self.write(files, first, blocks, mode);
         let before = match written {
-            Ok(()) => {
+            Ok(_) => {
                 files.wrote(range.end - range.start);
                 extent.publish(mask(&range))
             }
@@ -140,8 +141,8 @@ impl CachedObject {
         files: &Files,
         first: BlockNo,
         blocks: &[&[u8]],
-        mode: &mut WriteMode,
-    ) -> Result<(), CacheError> {
+        mode: WriteMode,
+    ) -> Result<u64, CacheError> {
         let context = |error| CacheError::io("writing a block", error);
         let mut words = [0; BLOCKS_PER_EXTENT as usize];
         let words = &mut words[..blocks.len()];
@@ -150,7 +151,6 @@ impl CachedObject {
             // What this could not do, the write will tell of.
             let _ = disk::reserve(&files.data, range.clone());
         }
-        // Before the epoch is held, which is for as short as can be.
         for (word, bytes) in words.iter_mut().zip(blocks) {
             *word = u64::from(crc32c(bytes));
         }
@@ -158,10 +158,9 @@ impl CachedObject {
             WriteMode::Direct => files.direct(),
             WriteMode::Buffered => None,
         };
+        let past = disk::write_parts_at(&files.data, direct, blocks, range.start).map_err(context)?;
+        // Held for as short as can be: an epoch ends when nobody holds it.
         let writing = self.shared.epochs.write();
-        if !disk::write_parts_at(&files.data, direct, blocks, range.start).map_err(context)? {
-            *mode = WriteMode::Buffered;
-        }
         for (word, block) in words.iter_mut().zip((first.0..).map(BlockNo)) {
             let slot = Slot {
                 sum: *word as u32,
@@ -172,7 +171,8 @@ impl CachedObject {
         files
             .sidecar
             .set_slots(&files.data, first, words)
-            .map_err(context)
+            .map_err(context)?;
+        Ok(past as u64)
     }
 
     fn bytes_of(&self, first: BlockNo, count: usize) -> Range<u64> {
