@@ -264,7 +264,10 @@ impl Shared {
 
     /// The disk failed: said once, until it works again.
     pub(super) fn trouble(&self, doing: &'static str, error: &io::Error) {
-        self.degrade(format!("failed {doing}: {error}"));
+        self.degrade(match error.kind() {
+            io::ErrorKind::StorageFull => format!("the disk is full ({doing}: {error})"),
+            _ => format!("failed {doing}: {error}"),
+        });
     }
 
     pub(super) fn degrade(&self, reason: String) {
