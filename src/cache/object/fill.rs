@@ -13,8 +13,8 @@ use crate::{
 pub enum WriteMode {
     /// Through the page cache: it takes bursts that the disk does not, and who reads the bytes soon finds them there.
     Buffered,
-    /// Past it, where the file system and the place of the bytes allow: it costs the processor a tenth, and leaves the
-    /// page cache to others. At the disk's pace, and read from the disk.
+    /// Past it, where the file system and the place of the bytes allow: it costs the processor less, much less where
+    /// memory is slow to come by, and leaves the page cache to others. At the disk's pace, and read from the disk.
     Direct,
 }
 
