@@ -5,6 +5,9 @@
 //! Ratios are medians over rounds that alternate between the two, since other programs use the machine too.
 //! `many` makes N small objects (1,000,000 unless told; 4 KiB of disk each) and opens the cache in a fresh process.
 
+#[path = "../tests/support/processor.rs"]
+mod processor;
+
 use std::{
     env,
     fs::File,
@@ -151,7 +154,7 @@ fn fill(dir: &Path) -> Result<(), Failure> {
     // Seconds, and those of a processor.
     let mut ours = |name: &str, round: u64, run: &[&[u8]], mode: WriteMode| -> Result<(f64, f64), Failure> {
         let object = cache.object(id(name, round), BLOCKS as u64 * BLOCK_SIZE);
-        let (start, used) = (Instant::now(), processor());
+        let (start, used) = (Instant::now(), processor::seconds());
         for first in (0..BLOCKS as u64).step_by(run.len()) {
             let direct = object.fill_run(BlockNo(first), run, Purpose::Reader, mode)?;
             as_asked &= direct
@@ -161,7 +164,7 @@ fn fill(dir: &Path) -> Result<(), Failure> {
                     0
                 };
         }
-        let took = (start.elapsed().as_secs_f64(), processor() - used);
+        let took = (start.elapsed().as_secs_f64(), processor::seconds() - used);
         drop(object);
         cache.evict_all();
         Ok(took)
@@ -197,17 +200,6 @@ fn fill(dir: &Path) -> Result<(), Failure> {
         false => println!("  past the page cache: not on this file system"),
     }
     Ok(())
-}
-
-/// Processor seconds of this process so far.
-fn processor() -> f64 {
-    let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF);
-    usage.map_or(0.0, |usage| {
-        [usage.user_time(), usage.system_time()]
-            .iter()
-            .map(|time| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6)
-            .sum()
-    })
 }
 
 /// Resident bytes of this process.

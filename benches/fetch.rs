@@ -11,6 +11,8 @@
 //! bucket `bucket` has the objects `big` (2 GiB), `small` (100 KiB) and, for bundles, `of 655/0` to `of 655/30` (each of
 //! 655 times 100 KiB, the last of 350 times). It is for `--only sequential` and `--only bundled`.
 
+#[path = "../tests/support/processor.rs"]
+mod processor;
 #[path = "../tests/support/s3_origin.rs"]
 mod s3_origin;
 
@@ -60,17 +62,6 @@ fn connections() -> Vec<usize> {
     }
 }
 
-/// Processor seconds of this process so far, the origin's included.
-fn cpu() -> f64 {
-    let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF);
-    usage.map_or(0.0, |usage| {
-        [usage.user_time(), usage.system_time()]
-            .iter()
-            .map(|time| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6)
-            .sum()
-    })
-}
-
 /// An agent's by default, on this machine.
 fn memory_limit() -> u64 {
     let named = argument("--memory-mib").and_then(|mebibytes| mebibytes.parse::<u64>().ok());
@@ -110,14 +101,14 @@ impl Bench {
             .try_for_each(|_| async { Ok(()) })
             .await?;
         use_memory(self.size / 2)?;
-        let used = cpu();
+        let used = processor::seconds();
         let began = Instant::now();
         stream::iter((0..self.size).step_by(8 << 20))
             .map(|at| self.plain("big", at..(at + (8 << 20)).min(self.size)))
             .buffer_unordered(self.connections)
             .try_for_each(|_| async { Ok(()) })
             .await?;
-        Ok((mb(self.size, began.elapsed()), cpu() - used))
+        Ok((mb(self.size, began.elapsed()), processor::seconds() - used))
     }
 
     fn open(&self, fetcher: &Arc<Fetcher>, key: &str, size: u64) -> Arc<FetchObject> {
@@ -254,7 +245,7 @@ async fn sequential(bench: &Bench, with_cache: bool, readers: u64) -> Result<(),
         let dir = tempfile::tempdir()?;
         let (fetcher, object) = bench.fetcher(with_cache.then(|| cache(dir.path())).transpose()?);
         let streams = Arc::new(Streams::default());
-        let (before, used, began) = (bench.moved(&fetcher), cpu(), Instant::now());
+        let (before, used, began) = (bench.moved(&fetcher), processor::seconds(), Instant::now());
         let size = bench.size;
         let parts = (0..readers).map(|reader| {
             let (fetcher, object, streams) =
@@ -275,7 +266,7 @@ async fn sequential(bench: &Bench, with_cache: bool, readers: u64) -> Result<(),
         for part in futures::future::join_all(parts).await {
             first = first.min(part??);
         }
-        let (took, used) = (began.elapsed(), cpu() - used);
+        let (took, used) = (began.elapsed(), processor::seconds() - used);
         let (after, stats) = (bench.moved(&fetcher), fetcher.stats());
         rounds.push(Round {
             got: mb(size, took),
@@ -446,7 +437,7 @@ async fn small_files(bench: &Bench, files: u64, in_an_object: u64, ahead: Ahead)
             tokio::runtime::Handle::current(),
         );
         let profile = recorder.profile();
-        let (before, used) = (bench.moved(&fetcher), cpu());
+        let (before, used) = (bench.moved(&fetcher), processor::seconds());
         let began = Instant::now();
         let runtime = tokio::runtime::Handle::current();
         let following = {
@@ -484,7 +475,7 @@ async fn small_files(bench: &Bench, files: u64, in_an_object: u64, ahead: Ahead)
             times.extend(done??);
         }
         let took = began.elapsed();
-        let used = cpu() - used;
+        let used = processor::seconds() - used;
         drop(content);
         following.abort();
         let (after, stats) = (bench.moved(&fetcher), fetcher.stats());

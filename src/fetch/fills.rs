@@ -104,8 +104,8 @@ impl Fills {
     /// With `places` for blocks that wait to be written. `None`: no thread could be started, and nothing is
     /// cached.
     pub fn start(tally: &Arc<Tally>, recent: &Arc<Recent>, places: usize) -> Option<Self> {
-        let (recent, counts) = (Arc::clone(recent), Arc::clone(tally));
-        Self::writing(tally, &Arc::clone(&recent), places, move |run, mode| {
+        let (kept, counts) = (Arc::clone(recent), Arc::clone(tally));
+        Self::writing(tally, recent, places, move |run, mode| {
             let Some(Queued { fill, .. }) = run.first() else {
                 return Ok(0);
             };
@@ -113,7 +113,7 @@ impl Fills {
             // The bytes are counted where they are kept, not a second time here. Those that had to go meanwhile
             // are not cached.
             let blocks = fill.blocks.start..fill.blocks.start + blocks_of(run);
-            let there = recent.those_of(fill.object.id(), blocks.clone());
+            let there = kept.those_of(fill.object.id(), blocks.clone());
             let found: u64 = there.iter().map(|(_, bytes)| bytes.len() as u64).sum();
             counts
                 .fills_dropped
@@ -122,15 +122,15 @@ impl Fills {
                 let blocks: Vec<&[u8]> = bytes.iter().map(|bytes| &bytes[..]).collect();
                 let (object, range) = (fill.object.id(), first..first + blocks.len() as u64);
                 match fill.object.fill_run(BlockNo(first), &blocks, fill.purpose, mode) {
-                    Ok(0) => recent.written(object, range, WriteMode::Buffered),
+                    Ok(0) => kept.written(object, range, WriteMode::Buffered),
                     Ok(past) => {
                         direct += past;
                         counts.fills_direct.fetch_add(past, Relaxed);
-                        recent.written(object, range, WriteMode::Direct);
+                        kept.written(object, range, WriteMode::Direct);
                     }
                     Err(error) => {
                         if fill.streamed {
-                            recent.lost(object, range);
+                            kept.lost(object, range);
                         }
                         return Err(error);
                     }

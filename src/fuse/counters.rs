@@ -46,7 +46,7 @@ operations! {
     StatFs "statfs",
     GetXattr "getxattr",
     ListXattr "listxattr",
-    /// Answered with "not implemented", after which the kernel does not ask again.
+    /// Answered with ENOSYS, after which the kernel does not ask again.
     Declined "declined",
     /// Attempts to modify that came past the kernel's own check.
     Modify "modify",

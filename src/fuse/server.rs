@@ -615,7 +615,7 @@ impl Filesystem for Server {
         }
     }
 
-    // Answered once each with "not implemented", after which the kernel does by itself what is right
+    // Answered once each with ENOSYS, after which the kernel does by itself what is right
     // for a file system without anything to flush, lock or map.
 
     fn access(&self, _: &Request, _: INodeNo, _: AccessFlags, reply: ReplyEmpty) {
